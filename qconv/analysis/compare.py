@@ -52,7 +52,7 @@ from qconv.ir.rewriting import title
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
 from qconv.metrics.comparison import ComparisonAccumulator
 from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
-from qconv.metrics.output_parts import Parts, relative_noise, sum_errors
+from qconv.metrics.output_parts import Parts, add_selected_parts, relative_noise, sum_errors
 from qconv.passes import fold
 from qconv.pipeline.prepare import runs_on_ort
 from qconv.reporter import Reporter
@@ -273,7 +273,8 @@ class _LoadedNetworks:
 
         parts: of outputs that hold more than one thing.
         """
-        outputs = find_judged_tensors(self.original)
+        outputs, parts = find_judged_tensors(self.original), add_selected_parts(parts, self.original)
+        judged = [value.name or "" for value in outputs]
         model, names, results = add_error_inputs(self.original, self.quantized, self.pairs, outputs)
         with subgraph.runnable_with_outputs(model, results) as runnable:
             session = Session(runnable, name=request.float_model.name, threads=self.threads)
@@ -291,7 +292,7 @@ class _LoadedNetworks:
                 moved_to = float_outputs
                 if error is not None:
                     moved_to = session.run(results, {**plain, **nothing, names[pair.point]: error})
-                sums[pair.point] = sums[pair.point] + sum_errors(parts, results, float_outputs, moved_to)
+                sums[pair.point] = sums[pair.point] + sum_errors(parts, judged, float_outputs, moved_to)
                 reporter.progress("effects", seen * len(self.pairs) + place + 1, wanted * len(self.pairs))
             seen += count_images(feeds)
             if seen >= wanted:

@@ -10,6 +10,7 @@ is found depends a little on the least score, therefore.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,7 +50,8 @@ def match(facts: NetworkFacts) -> Head | None:
     strides = ", ".join(f"{count} a cell of {stride} pixels" for stride, count in grids)
     why = f"{shape[1]} boxes, {strides}, with {(shape[2] - 4) // 2} keypoints each, and a logit for each"
     decode = partial(_decode, size=facts.size, grids=grids)
-    parts = {boxes: BOX_PARTS}
+    sure = OutputPart("scores", 2, tensor=scores)
+    parts = {boxes: tuple(replace(part, sure=sure) for part in BOX_PARTS)}
     return Head("BlazeFace", why, (boxes, scores), decode, facts.size, 0.5, parts=parts)
 
 

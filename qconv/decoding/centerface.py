@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.decoding.boxes import Detections, Float64, find_boxes
-from qconv.decoding.head import Head, NetworkFacts
+from qconv.decoding.head import Head, NetworkFacts, OutputPart
 from qconv.decoding.priors import cells_by_stride, with_full_scores
 
 STRIDE = 4
@@ -44,7 +44,10 @@ def match(facts: NetworkFacts) -> Head | None:
         "and five keypoints"
     )
     decode = partial(_decode, size=facts.size)
-    return Head("CenterFace", why, (heat, sizes, offsets, points), decode, facts.size, 0.5)
+    sure = OutputPart("scores", 1, tensor=heat)
+    named = {sizes: "sizes", offsets: "offsets", points: "keypoints"}
+    parts = {output: (OutputPart(name, 1, sure=sure),) for output, name in named.items()}
+    return Head("CenterFace", why, (heat, sizes, offsets, points), decode, facts.size, 0.5, parts=parts)
 
 
 def _decode(arrays: Sequence[NDArray[Any]], least: float, *, size: tuple[int, int]) -> list[Detections]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.decoding.boxes import Detections, Float64, corners_of, sigmoid
-from qconv.decoding.head import Head, NetworkFacts, read_class_names
+from qconv.decoding.head import Head, NetworkFacts, OutputPart, read_class_names
 from qconv.decoding.priors import cells_by_stride
 
 STRIDE = 4
@@ -53,7 +53,9 @@ def match(facts: NetworkFacts) -> Head | None:
     )
     decode = partial(_decode, raw=raw)
     names = read_class_names(facts.metadata)
-    return Head("CenterNet", why, (heat, sizes, offsets), decode, facts.size, 0.3, names)
+    sure = OutputPart("scores", 1, tensor=heat)
+    parts = {output: (OutputPart(name, 1, sure=sure),) for output, name in ((sizes, "sizes"), (offsets, "offsets"))}
+    return Head("CenterNet", why, (heat, sizes, offsets), decode, facts.size, 0.3, names, parts)
 
 
 def _decode(arrays: Sequence[NDArray[Any]], least: float, *, raw: bool) -> list[Detections]:

@@ -87,6 +87,7 @@ def _match_pair(facts: NetworkFacts) -> Head | None:
         softly = _ends_in_no_object(logits)
         classes = logits.shape[2] - softly
         how = "a softmax, the last of which is no object" if softly else "a sigmoid each"
+        sure = None if softly else OutputPart("scores", 2, tensor=name)
         return Head(
             "DETR" if softly else "RT-DETR",
             f"{boxes.shape[1]} queries with a box in shares of the input and {classes} logits, taken for {how}",
@@ -95,6 +96,7 @@ def _match_pair(facts: NetworkFacts) -> Head | None:
             facts.size,
             0.5,
             Statement.of(facts.metadata).names,
+            {box: (OutputPart("boxes", 2, sure=sure),)},
         )
     return None
 

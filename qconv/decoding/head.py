@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.decoding.boxes import Detections
+from qconv.decoding.boxes import Detections, sigmoid
 from qconv.runtime.output_origins import OutputOrigin
 
 Arrays = Mapping[str, NDArray[Any]]
 
+NO_TENSORS: Arrays = {}
+
 
 @dataclass(frozen=True, slots=True)
 class OutputPart:
-    """Rows of an output that mean one thing.
+    """Rows of an output, or of what outputs are selected from, that mean one thing.
 
     Attributes:
         name: What, as "boxes" or "scores".
@@ -32,7 +34,10 @@ class OutputPart:
         rows: These, where they do not follow each other.
         times: Rows that these are multiplied by before they say anything, as scores are by objectness.
         sure: The scores of the same places, of which the largest says how much a place counts: a cell without an
-            object has a box, too, and nobody reads it.
+            object has a box, too, and nobody reads it. Where any is below zero, they are logits.
+        tensor: Which tensor holds the rows; empty for the one at hand. Only scores are looked up elsewhere.
+        places: The axis of places, where scores are laid out in another way than the rows that they belong to: as
+            (N, M), (N, C, M) or (N, M * C) for M places and C classes.
     """
 
     name: str
@@ -43,6 +48,8 @@ class OutputPart:
     rows: tuple[int, ...] = ()
     times: OutputPart | None = None
     sure: OutputPart | None = None
+    tensor: str = ""
+    places: int | None = None
 
     def of(self, array: NDArray[Any]) -> NDArray[Any]:
         """These rows of an array."""
@@ -52,17 +59,41 @@ class OutputPart:
         index[self.axis] = slice(self.start, self.stop, self.step)
         return array[tuple(index)]
 
-    def compared(self, reference: NDArray[Any], got: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """What the squares of two arrays are summed of: these rows of both, as far as they count in the reference."""
+    def compared(
+        self, reference: NDArray[Any], got: NDArray[Any], tensors: Arrays = NO_TENSORS
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """What the squares of two arrays are summed of: these rows of both, as far as they count in the reference.
+
+        tensors: all that the reference says, by name; rows whose scores are not among them count alike.
+        """
         pair = self._product(reference), self._product(got)
-        if self.sure is None:
+        source = None if self.sure is None else tensors.get(self.sure.tensor) if self.sure.tensor else reference
+        if self.sure is None or source is None or not source.size:
             return pair
-        counts = self.sure._product(reference).max(axis=self.axis, keepdims=True)
-        weight = np.sqrt(np.maximum(counts, 0.0))
+        scores = np.nan_to_num(self.sure._product(source))
+        if self.sure.places is None:
+            counts = scores.max(axis=self.sure.axis, keepdims=True)
+        else:
+            counts = _spread_over(scores, reference.shape, self.sure.places)
+        weight = np.sqrt(sigmoid(counts) if scores.min() < 0 else counts)
         return pair[0] * weight, pair[1] * weight
 
     def _product(self, array: NDArray[Any]) -> NDArray[Any]:
-        return self.of(array) if self.times is None else self.of(array) * self.times.of(array)
+        found = self.of(array)
+        if self.times is not None:
+            found = np.asarray(found * self.times.of(array))
+        return found
+
+
+def _spread_over(scores: NDArray[Any], shape: Sequence[int], axis: int) -> NDArray[Any]:
+    """The best score of each place, to be multiplied with an array of this shape; 1 where scores do not fit to it."""
+    batch, places = shape[0] if axis else 1, shape[axis]
+    spread = [batch if at == 0 and axis else places if at == axis else 1 for at in range(len(shape))]
+    if not batch * places or scores.size % (batch * places):
+        return np.ones((1,) * len(shape))
+    if scores.shape[-1] == places:
+        return np.max(scores.reshape(batch, -1, places), axis=1).reshape(spread)
+    return np.max(scores.reshape(batch, places, -1), axis=2).reshape(spread)
 
 
 @dataclass(frozen=True, slots=True)

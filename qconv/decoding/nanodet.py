@@ -89,7 +89,9 @@ def _match_split(facts: NetworkFacts) -> Head | None:
     decode = partial(_decode_split, strides=strides, size=facts.size)
     names = read_class_names(facts.metadata) or dict(enumerate(facts.metadata.get("character", "").split("\n")))
     names = names if len(names) == classes else {}
-    return Head("PicoDet", why, (*scores, *bins), decode, facts.size, USUAL_SCORE, names)
+    pairs = zip(scores, bins, strict=True)
+    parts = {edge: (OutputPart("distances", 2, sure=OutputPart("scores", 2, tensor=score)),) for score, edge in pairs}
+    return Head("PicoDet", why, (*scores, *bins), decode, facts.size, USUAL_SCORE, names, parts)
 
 
 def _describe(strides: Sequence[int]) -> str:

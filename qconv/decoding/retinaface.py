@@ -84,7 +84,11 @@ def _make_head(facts: NetworkFacts, family: FaceFamily, outputs: tuple[str, ...]
         f"{form} for each"
     )
     decode = partial(_decode, family=family, priors=priors, size=facts.size, raw=raw)
-    parts = {outputs[0]: DELTA_PARTS, outputs[1]: SCORE_PARTS}
+    # in front of a softmax, how sure a face is hangs on two columns
+    sure = None if raw else OutputPart("scores", 2, 1, tensor=outputs[1])
+    deltas = tuple(replace(part, sure=sure) for part in DELTA_PARTS)
+    points_part = (OutputPart("keypoints", 2, sure=sure),)
+    parts = {outputs[0]: deltas, outputs[1]: SCORE_PARTS} | dict.fromkeys(outputs[2:], points_part)
     return Head(family.name, why, outputs, decode, facts.size, family.usual_score, parts=parts)
 
 

@@ -132,15 +132,17 @@ def _make_head(facts: NetworkFacts, deltas: str, scores: str) -> Head | None:
         cells = ", ".join(f"{grid.cells[0]}x{grid.cells[1]}" for grid in grids)
         why = f"deltas of {count} priors, in cells of {cells}, and {form} of {width - 1} classes and background"
         priors = tile_priors(grids)
+        by_softmax = raw and family.squash is not sigmoid  # how sure a class is then hangs on all columns
+        sure = None if by_softmax else OutputPart("scores", 2, 1, tensor=scores, places=1)
         decode = partial(_decode, family=family, priors=priors, size=facts.size, raw=bool(raw))
-        parts = {deltas: _name_parts(family, len(facts.shape_of(deltas))), scores: SCORE_PARTS}
+        parts = {deltas: _name_parts(len(facts.shape_of(deltas)), sure), scores: SCORE_PARTS}
         names = read_class_names(facts.metadata)
         return Head(family.name, why, (deltas, scores), decode, facts.size, USUAL_SCORE, names, parts)
     return None
 
 
-def _name_parts(family: SsdFamily, axes: int) -> tuple[OutputPart, ...]:
-    return OutputPart("centres", axes - 1, 0, 2), OutputPart("sizes", axes - 1, 2, 4)
+def _name_parts(axes: int, sure: OutputPart | None) -> tuple[OutputPart, ...]:
+    return OutputPart("centres", axes - 1, 0, 2, sure=sure), OutputPart("sizes", axes - 1, 2, 4, sure=sure)
 
 
 def _decode(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.decoding.boxes import Detections, find_boxes
-from qconv.decoding.head import Head, NetworkFacts, read_class_names
+from qconv.decoding.head import Head, NetworkFacts, OutputPart, read_class_names
 from qconv.decoding.priors import Size, scale_boxes
 from qconv.decoding.retinaface import SCORE_PARTS, ULTRAFACE
 
@@ -45,8 +45,9 @@ def match(facts: NetworkFacts) -> Head | None:
     usual, iou = (ULTRAFACE.usual_score, ULTRAFACE.nms_iou) if faces else (USUAL_SCORE, NMS_IOU)
     why = f"{shape[1]} boxes by corners, as shares of the image, and scores of {shape[2] - 1} classes and background"
     decode = partial(_decode, size=facts.size, iou=iou)
+    parts = {scores: SCORE_PARTS, boxes: (OutputPart("boxes", 2, sure=OutputPart("scores", 2, 1, tensor=scores)),)}
     family, known = "UltraFace" if faces else "SSD", read_class_names(facts.metadata)
-    return Head(family, why, (scores, boxes), decode, facts.size, usual, known, {scores: SCORE_PARTS})
+    return Head(family, why, (scores, boxes), decode, facts.size, usual, known, parts)
 
 
 def _decode(arrays: Sequence[NDArray[Any]], least: float, *, size: Size, iou: float) -> list[Detections]:

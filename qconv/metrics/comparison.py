@@ -118,7 +118,8 @@ class _OutputTally:
     batches: int = 0
     remark: str = ""
 
-    def update(self, reference: Any, quantized: Any) -> None:
+    def update(self, reference: Any, quantized: Any, everything: Mapping[str, Any]) -> None:
+        """everything: all that the reference says, by name."""
         if not (_is_numeric_array(reference) and _is_numeric_array(quantized)):
             self.remark = "no tensor of numbers for each picture, so it was not compared"
             return
@@ -139,7 +140,7 @@ class _OutputTally:
         for metric in self.metrics:
             metric.update(reference, quantized)
         if self.parts:
-            found = sum_errors({self.output.name: self.parts}, [self.output.name], [reference], [quantized])
+            found = sum_errors({self.output.name: self.parts}, [self.output.name], [reference], [quantized], everything)
             self.errors = found if self.errors is None else self.errors + found
 
     def score(self, *, spans: bool) -> OutputScore:
@@ -195,7 +196,7 @@ class ComparisonAccumulator:
     def add_heard(self, reference: BatchOutputs, quantized: BatchOutputs) -> None:
         """Take in the outputs of one batch, of which others may read detections as well."""
         for tally, ref, got in zip(self.tallies, reference.arrays, quantized.arrays, strict=True):
-            tally.update(ref, got)
+            tally.update(ref, got, reference.by_name)
         if self.detections is not None:
             self.detections.update(reference.detections, quantized.detections)
 

@@ -125,7 +125,7 @@ def _find_all_parts(outputs: Sequence[ModelOutput], arrays: Sequence[Any], known
         for output, array in zip(outputs, arrays, strict=True)
         if isinstance(array, np.ndarray)
     }
-    return {name: parts for name, parts in found.items() if len(parts) > 1}
+    return {name: parts for name, parts in found.items() if parts}
 
 
 def _find_head(

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.decoding.head import OutputPart
+from qconv.ir.judged_tensors import find_selections
+from qconv.ir.model import Model
 from qconv.metrics.similarity import measure_error
 from qconv.runtime.outputs import ModelOutput, OutputKind
 
@@ -65,19 +67,35 @@ def _split_by_power(array: NDArray[Any]) -> tuple[OutputPart, ...]:
     return tuple(OutputPart(name, axis, rows=tuple(rows.tolist())) for name, rows in groups.items())
 
 
-def sum_errors(parts: Parts, names: Sequence[str], reference: Sequence[Any], got: Sequence[Any]) -> NDArray[np.float64]:
+def add_selected_parts(parts: Parts, model: Model) -> Parts:
+    """The parts of outputs, and of the tensors that stand for them: what scores select counts as far as these say."""
+    found = dict(parts)
+    for value, selected in find_selections(model).items():
+        if selected is not None and value.name not in found:
+            scores = OutputPart("scores", tensor=selected.scores.name or "", places=selected.axis)
+            found[value.name or ""] = (OutputPart("selected", sure=scores),)
+    return found
+
+
+def sum_errors(
+    parts: Parts,
+    names: Sequence[str],
+    reference: Sequence[Any],
+    got: Sequence[Any],
+    everything: Mapping[str, Any] | None = None,
+) -> NDArray[np.float64]:
     """Signal, noise and signal of the other side, of every part of every output of one batch, (parts, 3).
 
     Sums of squares: `ref`, `ref - got`, `got`. Nothing for what is no tensor of numbers, or has another shape. Of
-    integers: how many there are, and differ.
+    integers: how many there are, and differ. everything: what else the reference says, by name, where scores may be.
     """
-    rows = []
+    rows, tensors = [], everything or dict(zip(names, reference, strict=True))
     for name, ref, result in zip(names, reference, got, strict=True):
         count = max(1, len(parts.get(name, ())))
         if not isinstance(ref, np.ndarray) or ref.dtype.kind not in "fiub" or ref.shape != result.shape:
             rows += [(0.0, 0.0, 0.0)] * count
         elif ref.dtype.kind == "f":
-            pairs = [part.compared(ref, result) for part in parts.get(name, ())] or [(ref, result)]
+            pairs = [part.compared(ref, result, tensors) for part in parts.get(name, ())] or [(ref, result)]
             rows += [_measure_pair(*pair) for pair in pairs]
         else:
             differing = float((ref != result).sum())

@@ -30,7 +30,7 @@ from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.model import Model
 from qconv.ir.rewriting import data_input
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
-from qconv.metrics.output_parts import Parts, measure_output_noise
+from qconv.metrics.output_parts import Parts, add_selected_parts, measure_output_noise
 from qconv.planning.plan import LayerPlan as Planned
 from qconv.planning.plan import Plan
 from qconv.quantization.effective_range import EffectiveRange
@@ -158,7 +158,7 @@ def measure_sensitivities(
     nearest codes.
     """
     threads, judged = network.recipe.threads, find_judged_tensors(network.model)
-    outputs = [value.name or "" for value in judged]
+    outputs, parts = [value.name or "" for value in judged], add_selected_parts(network.parts, network.model)
     found: dict[str, LayerSensitivity] = {}
     with contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as store:
         walk = StepwiseRun(network.model, batches, store, threads=threads, kept=judged)
@@ -179,7 +179,7 @@ def measure_sensitivities(
             noise = {bits: 0.0 for bits in candidate_bits[name] if bits >= FLOAT_BITS}
             for bits, chosen in choices.items():
                 fed = {opened[place]: numbers for place, numbers in _dequantize_layer(chosen).items()}
-                noise[bits] = measure_output_noise(network.parts, outputs, expected, tail.run(looked_at, fed=fed))
+                noise[bits] = measure_output_noise(parts, outputs, expected, tail.run(looked_at, fed=fed))
             found[name] = LayerSensitivity(prod(read_weight_shape(layer.node)), noise)
     progress(len(found), len(candidate_bits))
     return found

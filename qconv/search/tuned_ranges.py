@@ -17,7 +17,7 @@ from qconv.config.recipe import Recipe
 from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding
 from qconv.ir.judged_tensors import find_judged_tensors
-from qconv.metrics.output_parts import Parts
+from qconv.metrics.output_parts import Parts, add_selected_parts
 from qconv.planning.planner import replan
 from qconv.quantization.parameters import choose_activation_params
 from qconv.reporter import Reporter
@@ -54,6 +54,7 @@ def tune_ranges(
     if not names:
         return TunedRanges(folded, [])
     counts = budget.loud, budget.many - budget.loud
+    parts = add_selected_parts(parts, folded.model)
     images = pick_images(folded.model, names, feed, counts, recipe.threads, parts)
 
     found, told = _search(folded, recipe, images, parts, reporter), list[Finding]()

@@ -82,6 +82,39 @@ def test_another_shape_has_no_errors_but_its_places() -> None:
     assert sum_errors(PARTS, ["y", "z"], [ref, ref], [ref[:, :, :2], ref]).tolist() == [[0, 0, 0], [0, 0, 0], [6, 0, 6]]
 
 
+@pytest.mark.parametrize(
+    ("scores", "places"),
+    [
+        ([[[0.9, 0.1], [0.0, 0.0], [0.25, 0.2]]], None),  # (N, A, C), as boxes are laid out
+        ([[0.9, 0.0, 0.25]], 1),  # (N, M)
+        ([[[0.9, 0.0, 0.1], [0.1, 0.0, 0.25]]], 1),  # (N, C, M)
+        ([[0.1, 0.9, 0.0, 0.0, 0.25, 0.2]], 1),  # (N, M * C)
+    ],
+)
+@pytest.mark.parametrize("logits", [False, True])
+def test_scores_of_another_tensor_say_how_much_boxes_count(
+    scores: list[object], places: int | None, logits: bool
+) -> None:
+    """Of three places one shows nothing: 0.9 * 1 + 0.25 * 4 of noise, over powers with the same weights."""
+    ref, got = np.float32([[[1, 1], [5, 5], [2, 2]]]), np.float32([[[2, 1], [9, 0], [2, 0]]])
+    parts = {
+        "b": (
+            OutputPart("boxes", 2, sure=OutputPart("scores", 2 if places is None else -1, tensor="s", places=places)),
+        )
+    }
+    said = np.array(scores)
+    if logits:
+        with np.errstate(divide="ignore"):
+            said = np.log(said / (1 - said))
+    found = sum_errors(parts, ["s", "b"], [said, ref], [said, got])[1]
+    assert found == pytest.approx([0.9 * 2 + 0.25 * 8, 0.9 * 1 + 0.25 * 4, 0.9 * 5 + 0.25 * 4])
+    alone = sum_errors(parts, ["b"], [ref], [got])[0]
+    assert alone == pytest.approx([2 + 50 + 8, 1 + 41 + 4, 5 + 81 + 4])  # nobody says how much any counts
+    assert sum_errors(parts, ["b"], [ref], [got], {"s": said})[0] == pytest.approx(found)
+    if places is not None:
+        assert sum_errors(parts, ["s", "b"], [said[..., :1], ref], [said[..., :1], got])[1] == pytest.approx(alone)
+
+
 def test_what_the_last_concat_joins_are_parts() -> None:
     output = ModelOutput("y", True, (1, 5, 7), (1, 3, 32, 32), OutputOrigin(join=Join(1, (4, 1))))
     parts = find_parts(output, np.ones((1, 5, 7), np.float32))
