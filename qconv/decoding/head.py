@@ -71,11 +71,13 @@ class OutputPart:
         if self.sure is None or source is None or not source.size:
             return pair
         scores = np.nan_to_num(self.sure._product(source))
+        if scores.min() < 0:
+            scores = sigmoid(scores)
         if self.sure.places is None:
             counts = scores.max(axis=self.sure.axis, keepdims=True)
         else:
             counts = _spread_over(scores, reference.shape, self.sure.places)
-        weight = np.sqrt(sigmoid(counts) if scores.min() < 0 else counts)
+        weight = np.sqrt(counts)
         return pair[0] * weight, pair[1] * weight
 
     def _product(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -91,9 +93,11 @@ def _spread_over(scores: NDArray[Any], shape: Sequence[int], axis: int) -> NDArr
     spread = [batch if at == 0 and axis else places if at == axis else 1 for at in range(len(shape))]
     if not batch * places or scores.size % (batch * places):
         return np.ones((1,) * len(shape))
-    if scores.shape[-1] == places:
-        return np.max(scores.reshape(batch, -1, places), axis=1).reshape(spread)
-    return np.max(scores.reshape(batch, places, -1), axis=2).reshape(spread)
+    by_class = scores.shape[-1] == places
+    best: NDArray[Any] = (
+        scores.reshape(batch, -1, places).max(1) if by_class else scores.reshape(batch, places, -1).max(2)
+    )
+    return best.reshape(spread)
 
 
 @dataclass(frozen=True, slots=True)
