@@ -12,6 +12,7 @@ nothing has a noise of 1, and one that finds every object, but not where it shou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -118,8 +119,17 @@ def relative_noise(sums: NDArray[np.float64]) -> float:
 
 
 def measure_output_noise(
-    parts: Parts, names: Sequence[str], expected: Iterable[Sequence[Any]], got: Iterable[Sequence[Any]]
+    parts: Parts,
+    names: Sequence[str],
+    expected: Iterable[Sequence[Any]],
+    got: Iterable[Sequence[Any]],
+    weights: Iterable[float] = itertools.repeat(1.0),
 ) -> float:
-    """The noise between outputs of batch after batch, see the module."""
-    sums = [sum_errors(parts, names, *pair) for pair in zip(expected, got, strict=True)]
+    """The noise between outputs of batch after batch, see the module. weights: how many batches each stands for.
+
+    Powers are those of all batches together: on an image without any object the scores of a detector have hardly any
+    power, and their noise is nothing beside it.
+    """
+    pairs = zip(expected, got, strict=True)
+    sums = [weight * sum_errors(parts, names, *pair) for pair, weight in zip(pairs, weights, strict=False)]
     return relative_noise(np.sum(sums, axis=0)) if sums else 0.0

@@ -31,7 +31,7 @@ from qconv.errors import Change, Finding, Skipped
 from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.model import Model, Value
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
-from qconv.metrics.output_parts import NO_PARTS, Parts, relative_noise, sum_errors
+from qconv.metrics.output_parts import NO_PARTS, Parts, measure_output_noise
 from qconv.planning.plan import Plan
 from qconv.planning.work import RANGES_SHARE, SESSION_WORK, count_weights, multiplications, quantization_work
 from qconv.quantizer import QuantParams
@@ -324,13 +324,9 @@ class _Clean:
 def _mean_noise(
     clean: _Clean, tail: NetworkTail, picked: Mapping[int, float], params: QuantParams, group: int = 0
 ) -> float:
-    """The noise over all images that the picked batches stand for; powers are those of all of them together.
-
-    On an image without any object the scores of a detector have hardly any power, and their noise is nothing beside it.
-    """
-    found = zip(picked.items(), tail.run(picked, params, group), strict=True)
-    sums = [weight * sum_errors(clean.parts, clean.names, clean.batches[index], got) for (index, weight), got in found]
-    return relative_noise(np.sum(sums, axis=0))
+    """The noise over all images that the picked batches stand for."""
+    expected, got = (clean.batches[index] for index in picked), tail.run(picked, params, group)
+    return measure_output_noise(clean.parts, clean.names, expected, got, picked.values())
 
 
 def _search_threshold(trial: _Trial) -> tuple[float | None, float]:

@@ -24,7 +24,7 @@ from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding
 from qconv.ir.model import Value
 from qconv.ir.subgraph import runnable_with_outputs
-from qconv.metrics.output_parts import Parts, relative_noise, sum_errors
+from qconv.metrics.output_parts import Parts, measure_output_noise
 from qconv.planning.plan import Plan
 from qconv.quantization.parameters import choose_ranges
 from qconv.reporter import Reporter
@@ -119,11 +119,8 @@ def _measure(
     on_ort = TARGETS[recipe.target].on_ort
     with runnable_with_outputs(model, names) as runnable:
         session = Session(runnable, name="the quantized model", threads=recipe.threads, integer_kernels=on_ort)
-    sums = [
-        weight * sum_errors(parts, names, clean, session.run(names, batch))
-        for batch, weight, clean in zip(images.feeds, images.weights, images.clean, strict=True)
-    ]
-    return relative_noise(np.sum(sums, axis=0))
+    got = (session.run(names, batch) for batch in images.feeds)
+    return measure_output_noise(parts, names, images.clean, got, images.weights)
 
 
 def _with_fine_weights(recipe: Recipe) -> Recipe:
