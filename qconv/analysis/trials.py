@@ -180,7 +180,7 @@ class TrialRunner:
         made = TrialRun(trial, recipe, data, out)
         self.made.append(made)
         try:
-            made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.cache)
+            made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.cache, advises=False)
             found = self.scored.score(made.open())
         except QconvError as error:
             made.report, made.failure = None, error

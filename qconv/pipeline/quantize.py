@@ -32,6 +32,7 @@ from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import describe_requantization, requantize_for_layers
 from qconv.pipeline.checks import (
+    advise,
     find_odd_tensors,
     find_tensors_of_pictures,
     places_of,
@@ -73,6 +74,8 @@ def quantize(
     data: DataOptions | None = None,
     reporter: Reporter | None = None,
     cache: CalibrationCache | None = None,
+    *,
+    advises: bool = True,
 ) -> tuple[Report, bytes | None]:
     """Quantize `source` as `recipe` says, with the images of `data`, and save the result at `out`.
 
@@ -83,6 +86,7 @@ def quantize(
         data: The images; None where the recipe needs none.
         reporter: Hears of warnings and of progress.
         cache: What runs before this one on the same model have found out.
+        advises: Whether a warning of a poor result says what to do about it.
 
     Returns:
         The report, and the bytes of the result where `out` is None.
@@ -95,6 +99,7 @@ def quantize(
     data, place = data or DataOptions(), None if out is None else Path(out)
     recipe = recipe.with_data(data)
     run = _QuantizationRun.of(source, recipe, data, (reporter or Reporter()).of_part(), cache, place)
+    run.advice = advise(recipe.effort) if advises else ""
     run.calibrate()
     run.give_layers_their_own_inputs()
     run.place_by_measured_times()
@@ -126,6 +131,7 @@ class _QuantizationRun:
         saved: The same of the network before it was equalized, where it is to be saved.
         set_ranges: Of activations, as the outputs gain from them.
         outputs: What the outputs of the float model hold.
+        advice: Ends the warning of a poor result.
     """
 
     source: Source
@@ -141,6 +147,7 @@ class _QuantizationRun:
     saved: Mapping[str, Sketch] = field(default_factory=dict)
     set_ranges: Mapping[str, Range] = field(default_factory=dict)
     outputs: tuple[OutputFact, ...] = ()
+    advice: str = ""
 
     @classmethod
     def of(
@@ -325,7 +332,7 @@ class _QuantizationRun:
             self._warn_of_chance(original)
         warn_of_vain_keep_float(plan, audited, self.reporter)
         warn_of_vain_pack(plan, self.recipe, self.reporter)
-        warn_of_result(checked, (self.prepared.size, staged.size), self.recipe.effort, self.reporter)
+        warn_of_result(checked, (self.prepared.size, staged.size), self.advice, self.reporter)
         return checked, audited
 
     def _warn_of_chance(self, original: Session) -> None:

@@ -550,6 +550,23 @@ def test_more_effort_is_tried_where_only_more_bits_are_good(tmp_path: Path, samp
     assert "--weight-bits 3" in found["recommended"]
 
 
+@pytest.mark.parametrize("command", ["quantize", "diagnose", "sweep"])
+def test_a_trial_is_not_sent_to_the_diagnosis(tmp_path: Path, samples: Path, command: str) -> None:
+    """Which it is a part of, or one of several results of."""
+    model, few = saved(plain(), tmp_path), ("--weight-bits", "2", "--edge-bits", "2", "--effort", "fast")
+    (tmp_path / "recipes.toml").write_text("[a]\n")
+    more: dict[str, tuple[Any, ...]] = {
+        "quantize": ("quantize", model, "-o", tmp_path / "q.onnx"),
+        "diagnose": ("diagnose", model),
+        "sweep": ("quantize", model, "--sweep", tmp_path / "recipes.toml"),
+    }
+    told = invoked(*more[command], "--calib", samples, *few).stderr
+    assert "Warning: " in told
+    assert "the result is far from the float model" in told or "little is left of the float model" in told
+    assert ("`qconv diagnose` with the same options tells why" in told) == (command == "quantize")
+    assert ("--effort balanced" in told) == (command == "quantize")
+
+
 def test_channels_of_8_bits_take_no_bits_from_others(tmp_path: Path, samples: Path) -> None:
     asked = ("--calib", samples, "--recipe-name", "aciq-w4a4")
     found = diagnosed(saved(plain(), tmp_path), *asked)
