@@ -172,7 +172,7 @@ class OpenedLabels:
         words = f"{self.request.path} ({self.form})"
         if self.written is not None:
             head = self._require_head(network)
-            boxes = settle_classes(self.written, self.request, _find_classes(network, head), warn)
+            boxes = settle_classes(self.written, self.request, find_model_classes(network, head), warn)
             if all(own.ignored.all() for path, own in boxes.pictures.items() if path in self.sizes):
                 fact = f"{self.request.path} holds no box that counts in these pictures."
                 raise QconvError(fact, "label boxes of the model's classes; crowds and difficult ones do not count.")
@@ -270,11 +270,13 @@ def _read_sizes(paths: Sequence[Path]) -> dict[Path, Size]:
     return found
 
 
-def _find_classes(network: NetworkOutputs, head: Head) -> ModelClasses:
+def find_model_classes(network: NetworkOutputs, head: Head) -> ModelClasses:
     """Names of a detector's classes, and how many it has, as far as these are known."""
     if head.names:
         return ModelClasses(head.names, max(head.names) + 1)
     shapes = {output.name: [side or 0 for side in output.shape] for output in network.outputs}
+    if any(output.name in head.outputs and not output.floating for output in network.outputs):
+        return ModelClasses({})  # numbers of classes, beside one score a box
     for name, parts in head.parts.items():
         scores = next((part for part in parts if part.name == "scores"), None)
         if scores is not None and not any(part.name == "classes" for part in parts):

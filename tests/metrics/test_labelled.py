@@ -16,11 +16,17 @@ from PIL import Image
 from qconv.analysis.evaluate import evaluate
 from qconv.analysis.evaluation import Evaluation, EvaluationOptions
 from qconv.config.data_options import DataOptions, PreprocessingOptions
+from qconv.data.label_files import ModelClasses
+from qconv.decoding.head import NetworkFacts
+from qconv.decoding.suppressed import match as match_suppressed
 from qconv.errors import QconvError
 from qconv.ir.files import Source
+from qconv.metrics.labelled import find_model_classes
+from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.report.text import format_evaluation
 from qconv.reporter import Reporter
 from qconv.results.scores import MAP, MAP50, value_of
+from qconv.runtime.outputs import ModelOutput
 from tests.support import labelled
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -195,6 +201,15 @@ def test_a_class_beyond_the_models(tmp_path: Path, images: Path) -> None:
     (yolo / "000.txt").write_text("4 0.5 0.5 0.1 0.1\n")
     with pytest.raises(QconvError, match="has boxes of 4, class 4, but the model has 4"):
         measured(source, images, yolo)
+
+
+def test_a_class_apart_from_the_score_is_not_one_of_one() -> None:
+    """MMDeploy gives boxes with one score each, and numbers of classes beside them; a head of YOLOX a score a class."""
+    rows = np.array([[[10.0, 10, 20, 20, 0.9]]], np.float32)
+    found = match_suppressed(NetworkFacts({"dets": rows, "labels": np.array([[7]])}, (32, 32)))
+    outputs = ModelOutput("dets", True, rows.shape), ModelOutput("labels", False, (1, 1))
+    assert found is not None
+    assert find_model_classes(NetworkOutputs(outputs, found), found) == ModelClasses({})
 
 
 def test_samples_have_no_labels(tmp_path: Path, images: Path) -> None:
