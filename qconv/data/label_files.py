@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qconv.config.data_options import DataOptions
 from qconv.config.serialization import read_toml
-from qconv.data.dataset import class_roots_of, read_class_list, suffix_of
+from qconv.data.dataset import class_roots_of, read_class_list, require_listed_classes, suffix_of
 from qconv.errors import QconvError, format_count
 
 Key = int | str
@@ -70,10 +70,15 @@ class ModelClasses:
     count: int | None = None
 
     def named_by(self, request: LabelRequest) -> ModelClasses:
-        """The same with the names that the user lists, if any. Raises QconvError for a file that is no such list."""
+        """The same with the names that the user lists, if any.
+
+        Raises QconvError for a file that is no such list, or lists another number of classes than the model has.
+        """
         if request.classes is None:
             return self
         listed = read_class_list(request.classes).names
+        if self.count is not None:
+            require_listed_classes(str(request.classes), len(listed), request.offset, self.count)
         return ModelClasses({rank + request.offset: name for rank, name in listed.items()}, self.count)
 
 

@@ -82,7 +82,7 @@ def test_class_folders_are_labels_where_they_are_asked_for(tmp_path: Path) -> No
     for number in range(4):
         picture(tmp_path / f"c{number % 2}" / f"{number}.png", number)
     names = tmp_path / "names.txt"
-    names.write_text("c1\nother\nc0\n")
+    names.write_text("c1\nother\nc0\nlast\n")
     paths = sorted(tmp_path.rglob("*.png"))
     opened = open_data_labels(DataOptions((str(tmp_path),), classes=names), paths, print)
     measure = opened.fit(NETWORK, {}, None, print).start()

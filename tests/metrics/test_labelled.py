@@ -212,6 +212,17 @@ def test_a_class_apart_from_the_score_is_not_one_of_one() -> None:
     assert find_model_classes(NetworkOutputs(outputs, found), found) == ModelClasses({})
 
 
+@needs_library
+@pytest.mark.parametrize("names", [3, 5])
+def test_a_list_of_names_has_one_for_each_class(tmp_path: Path, images: Path, names: int) -> None:
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    voc, listed = labelled.write_voc(labelled.some_boxes(images), tmp_path / "voc"), tmp_path / "names.txt"
+    listed.write_text("".join(f"{name}\n" for name in (*labelled.NAMES, "more")[:names]))
+    with pytest.raises(QconvError, match=f"names.txt lists {names} classes, but the model has 4") as caught:
+        measured(source, images, voc, classes=listed)
+    assert "every class of the model" in caught.value.hint
+
+
 def test_samples_have_no_labels(tmp_path: Path, images: Path) -> None:
     source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
     coco = labelled.write_coco(labelled.some_boxes(images), tmp_path / "coco.json")
