@@ -39,6 +39,7 @@ from qconv.config.data_options import LABEL_OPTIONS, PRESETS, DataOptions, Prepr
 from qconv.config.recipe import make_request
 from qconv.config.serialization import format_option
 from qconv.data.autodetect import CERTAIN_MARGIN, SHAPE_OPTIONS, detect_preprocessing, is_same_preprocessing
+from qconv.data.label_files import NAME_IMAGES
 from qconv.data.loader import DataLoader
 from qconv.data.model_with_data import ModelWithData
 from qconv.errors import format_count
@@ -135,7 +136,7 @@ class _DiagnosisRunner:
         recipe, data = make_request(asked)
         session = open_original(self.case.source, recipe.threads, data.tasks)
         held = hold_out_images(session, data, self.case.images, self.reporter)
-        opened = open_held_labels(data, held, self.reporter, self.case.images)
+        opened = open_held_labels(data, held, self.reporter, self.case.images, NAME_IMAGES)
         asked |= dict.fromkeys(LABEL_OPTIONS)  # runs measure nothing by them: their files are scored here
         asked["samples"] = min(data.samples or held.most, held.most)
         recipe, data = make_request(asked)

@@ -18,6 +18,7 @@ from typing import Any
 from qconv.analysis.evaluation import Evaluation, EvaluationOptions
 from qconv.analysis.judge import Judge
 from qconv.data.dataset import find_classes
+from qconv.data.label_files import NAME_IMAGES
 from qconv.data.model_with_data import ModelWithData, Outputs, open_models
 from qconv.errors import QconvError
 from qconv.ir.chance import describe_random_nodes
@@ -43,7 +44,7 @@ def evaluate(
     _warn_of_chance(other, request, reporter)
     _require_outputs(own.session, own.session if other is None else other.session)
     paths = own.feed.listing.paths
-    opened = None if asked is None else open_labels(asked, request.data, paths, reporter.warn)
+    opened = None if asked is None else open_labels(asked, request.data, paths, reporter.warn, NAME_IMAGES)
     judge = Judge(request, own, other, reporter, classes, opened)
     lost: set[Path] = set()
     first: list[Any] = []

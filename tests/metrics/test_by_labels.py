@@ -84,7 +84,7 @@ def test_class_folders_are_labels_where_they_are_asked_for(tmp_path: Path) -> No
     names = tmp_path / "names.txt"
     names.write_text("c1\nother\nc0\nlast\n")
     paths = sorted(tmp_path.rglob("*.png"))
-    opened = open_data_labels(DataOptions((str(tmp_path),), classes=names), paths, print)
+    opened = open_data_labels(DataOptions((str(tmp_path),), classes=names), paths, print, "")
     measure = opened.fit(NETWORK, {}, None, print).start()
     assert isinstance(measure, ClassMeasure)
     assert [measure.labels[path] for path in paths] == [2, 2, 0, 0]
