@@ -12,6 +12,7 @@ import io
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,7 @@ class CommandResult:
         gates: Demands that it may have fallen short of.
         model: A model for standard output; the rest then goes to standard error.
         status: The exit status where all gates hold.
+        after_page: Makes the result that tells of the seconds that the page took; None where it tells no time.
     """
 
     found: Mapping[str, Any]
@@ -86,6 +88,7 @@ class CommandResult:
     gates: Sequence[Gate] = ()
     model: bytes | None = None
     status: int = 0
+    after_page: Callable[[float], CommandResult] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +144,16 @@ class OutputOptions:
         if place.is_file():
             storage.refuse_overwriting_inputs(place, [*files.read, *files.external_data()])
 
-    def write_page(self, result: CommandResult) -> None:
-        """Write the page, where one is wanted."""
-        if self.report is not None and result.page is not None:
-            from qconv import storage
-            from qconv.report import html
+    def write_page(self, result: CommandResult) -> CommandResult:
+        """Write the page, where one is wanted. Returns what is to be told then."""
+        if self.report is None or result.page is None:
+            return result
+        from qconv import storage
+        from qconv.report import html
 
-            storage.write_atomically(Path(self.report), html.render_page(result.page(format_command_line())))
+        start = time.perf_counter()
+        storage.write_atomically(Path(self.report), html.render_page(result.page(format_command_line())))
+        return result if result.after_page is None else result.after_page(time.perf_counter() - start)
 
     def put(self, result: CommandResult) -> None:
         """Write the rest: the model, the table, and JSON or text."""
@@ -243,8 +249,7 @@ def run_command(wanted: OutputOptions, files: CommandFiles, work: Callable[[Repo
     console = Console(quiet=wanted.quiet)
     raise_exit_on_signals()
     try:
-        result = work(Reporter(console.warn, console.progress))
-        wanted.write_page(result)
+        result = wanted.write_page(work(Reporter(console.warn, console.progress)))
     finally:
         console.close()
     wanted.put(result)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 
 import qconv
+from qconv.cli import command
 from tests.support.cli import CIFAR, PHOTOS, QUICK, Qconv, assert_error, finish, listing, net, really, start
 from tests.support.models import network
 
@@ -35,6 +38,23 @@ def test_the_main_job(tmp_path: Path) -> None:
 
 KEYS = """schema version output float recipe preprocessing size opset ir_version needs outputs verify audit gates mixed
           warnings time peak_rss_mb changes skipped tensors"""
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_the_time_is_that_of_the_page_too(
+    call: Qconv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paged: bool
+) -> None:
+    """By a clock on which the page takes 1000 seconds; it may be most of the command."""
+    pytest.importorskip("plotly")
+    clock = SimpleNamespace(perf_counter=itertools.count(0, 1000).__next__)
+    monkeypatch.setattr(command, "time", clock)
+    words = ("quantize", CIFAR, "--calib", PHOTOS, *QUICK, "--effort", "fast", "-o", tmp_path / "out.onnx")
+    page = ("--report", tmp_path / "page.html") if paged else ()
+    told = call(*words, *page, "--json").json["time"]
+    assert told.get("page") == (1000 if paged else None)
+    assert (told["total"] > 1000) == paged
+    seen = float(re.findall(r"took +([\d.]+) s", call(*words, *page).out.decode())[0])
+    assert (seen > 1000) == paged
 
 
 def test_json_is_one_object_with_the_keys_of_the_contract(call: Qconv, tmp_path: Path) -> None:
