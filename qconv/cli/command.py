@@ -28,7 +28,7 @@ from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
     from qconv.report.html import Page
-    from qconv.results.quantize import Gate
+    from qconv.results.gates import Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +260,5 @@ def _tell_gates(gates: Sequence[Gate], *, quiet: bool) -> int:
     """Say which gates fell short. Returns the exit status."""
     for gate in gates:
         if not gate.held and not quiet:
-            got = "no such measure" if gate.got is None else f"{gate.got:.4g}"
-            print(f"Gate fell short: --{gate.name} {gate.want:g}, got {got}.", file=sys.stderr)
+            print(gate.as_error, file=sys.stderr)
     return 0 if all(gate.held for gate in gates) else GATE_FELL_SHORT

@@ -17,7 +17,8 @@ from qconv.data.dataset import class_folders_of, find_classes
 from qconv.errors import QconvError
 from qconv.metrics.average_precision import require_detect_extra
 from qconv.metrics.network_outputs import NO_DECODER_HINT, NetworkOutputs
-from qconv.results.quantize import Gate, Verification
+from qconv.results.gates import Gate
+from qconv.results.quantize import Verification
 from qconv.results.scores import (
     AGREEMENT,
     BOXES,
@@ -214,5 +215,6 @@ def check_gates(verification: Verification, asked: Any) -> list[Gate]:
         if want is not None:
             demanded = Demanded.of(GATES[option], verification)
             held = demanded.reaches(want, verification)
-            found.append(Gate(option.replace("_", "-"), want, demanded.got, held))
+            of_float = demanded.before if demanded.metric.by_labels else None
+            found.append(Gate(option.replace("_", "-"), want, demanded.got, held, of_float))
     return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qconv.errors import Change, Finding, Skipped
+from qconv.results.gates import Gate
 from qconv.results.scores import (
     AGREEMENT,
     SQNR,
@@ -190,16 +191,6 @@ class Verification:
         if got is None:
             return metric.equal is None and self.equal
         return metric.lost(want, got) <= 0
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """A demand of the user's. got: None where the metric has no number: see `Verification.reaches`."""
-
-    name: str
-    want: float
-    got: float | None
-    held: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,7 +426,7 @@ class Report:
                 "labels": None if verify.labelled is None else verify.labelled.as_dict(),
             },
             "audit": self.audit.as_dict(),
-            "gates": [_as_row(g) for g in self.gates],
+            "gates": [g.as_dict() for g in self.gates],
             "mixed": None if self.mixed is None else self.mixed.as_dict(),
             "warnings": self.warnings,
             "time": {name: round(seconds, 3) for name, seconds in self.time.items()},

@@ -107,8 +107,14 @@ def test_a_gate_on_map_is_by_labels(call: Qconv, tmp_path: Path, images: Path, d
     done = call(*words, "--labels", coco)
     (gate,) = done.json["gates"]
     assert done.status == 3
-    assert gate == {"name": "min-map", "want": 0.9, "got": done.json["verify"]["labels"]["map"], "held": False}
+    told = done.json["verify"]["labels"]
+    named = {"name": "min-map", "want": 0.9, "got": told["map"], "held": False}
+    assert gate == {**named, "float": told["float"]["map"], "float_held": False}
     assert 0.05 < gate["got"] < 0.9 < beside["got"]
+    assert (beside["float"], beside["float_held"]) == (None, None)
+    excuse = f"the float model itself has {gate['float']:.4g}, so that no quantized file can be expected to reach it"
+    assert f"got {gate['got']:.4g}; {excuse}" in done.err
+    assert excuse in " ".join(call(*words[:-1], "--labels", coco).out.decode().split())
 
 
 @needs_library

@@ -128,4 +128,5 @@ def test_gates_by_labels() -> None:
     assert [gate.held for gate in check_gates(verification(), Asked)] == [True]
     for after in (0.34, None):
         (gate,) = check_gates(verification(MAP, 0.35, after), Asked)
-        assert (gate.got, gate.held) == (after, False)
+        assert (gate.got, gate.held, gate.of_float) == (after, False, 0.35)
+    assert check_gates(verification(), Asked)[0].of_float is None  # beside itself it has all
