@@ -26,6 +26,7 @@ from qconv.ir.files import Source, read_proto
 from qconv.ir.load import load_unchanged
 from qconv.ir.original import open_original
 from qconv.metrics.comparison import describe_differing_runs
+from qconv.metrics.demands import require_extras
 from qconv.metrics.labelled import open_labels
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
@@ -39,6 +40,7 @@ def evaluate(
     """Run the model, and the other one, on every image. Raises QconvError where there is nothing to measure."""
     reporter = reporter or Reporter()
     asked = request.label_request
+    require_extras(request)
     classes = None if asked is not None else find_classes(request.data, request.classes)
     own, other = open_models(source, request.against, request.data, request.threads, reporter)
     _warn_of_chance(other, request, reporter)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qconv.config.choices import GATE_OPTIONS, option_name
+from qconv.config.choices import option_name
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import class_folders_of, find_classes
@@ -40,8 +40,9 @@ GATES: Mapping[str, Metric] = {
     "min_map": FLOAT_MAP,
     "min_miou": FLOAT_MIOU,
     "min_sqnr": SQNR,
+    "min_top1": TOP1,
 }
-"""What options that end with status 3 ask for, by the field of Recipe."""
+"""What options that end with status 3 ask for, by their fields."""
 
 DROPS: Mapping[str, Metric] = {
     "agreement": AGREEMENT,
@@ -210,10 +211,10 @@ def check_gates(verification: Verification, asked: Any) -> list[Gate]:
     asked: has fields of GATES.
     """
     found = []
-    for option in GATE_OPTIONS:
+    for option, metric in GATES.items():
         want: float | None = getattr(asked, option, None)
         if want is not None:
-            demanded = Demanded.of(GATES[option], verification)
+            demanded = Demanded.of(metric, verification)
             held = demanded.reaches(want, verification)
             of_float = demanded.before if demanded.metric.by_labels else None
             found.append(Gate(option.replace("_", "-"), want, demanded.got, held, of_float))

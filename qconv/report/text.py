@@ -185,6 +185,8 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
         rows += [(output.name, *_score_cells(metrics, output.scores)) for output in found.outputs]
         rows += [(f"boxes of {head.name}", *_score_cells(metrics, head.scores)) for head in found.heads]
         lines += ["", format_columns(rows, "l" + "rl" * len(metrics))]
+    if found.gates:
+        lines += ["", *(wrap_text(f"gate {gate.in_words}") for gate in found.gates)]
     if verbose:
         lines += [
             "",
