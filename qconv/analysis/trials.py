@@ -204,6 +204,7 @@ class TrialRunner:
             ranked_by=self._find_ranking(found),
             labelled=found.labelled,
             size=made.report.quantized_bytes,
+            in_float=made.report.in_float,
             seconds=time.perf_counter() - start,
         )
         return made

@@ -44,11 +44,13 @@ from qconv.pipeline.checks import (
 from qconv.pipeline.collect import CalibrationCache, CalibrationData
 from qconv.pipeline.prepare import Prepared, Stopwatch, prepare
 from qconv.planning.plan import Plan
-from qconv.planning.planner import replan
+from qconv.planning.planner import is_quantizable_layer, replan
+from qconv.planning.work import measure_shares_in_float
 from qconv.quantization.emit import emit
 from qconv.quantization.layer_rounding import choose_rounding_effort
 from qconv.quantization.parameters import make_tensor_rows
 from qconv.reporter import Reporter
+from qconv.results.float_share import FloatShare
 from qconv.results.quantize import Audit, MixedPrecision, OutputFact, OutputScore, Report, TensorRow, Verification
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
@@ -132,6 +134,7 @@ class _QuantizationRun:
         set_ranges: Of activations, as the outputs gain from them.
         outputs: What the outputs of the float model hold.
         advice: Ends the warning of a poor result.
+        in_float: Shares of work and of weights that stay in float, once it is known which do.
     """
 
     source: Source
@@ -148,6 +151,7 @@ class _QuantizationRun:
     set_ranges: Mapping[str, Range] = field(default_factory=dict)
     outputs: tuple[OutputFact, ...] = ()
     advice: str = ""
+    in_float: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def of(
@@ -295,6 +299,7 @@ class _QuantizationRun:
     def emit(self, solution: QuantizationSolution) -> list[TensorRow]:
         """Make the quantized network of the folded one. Returns the rows of its tensors in the report."""
         model, recipe, pictures, plan = self.model, self.recipe, self.pictures, solution.plan
+        self.in_float = measure_shares_in_float([node for node in model.nodes() if is_quantizable_layer(node)], plan)
         before = model.copy() if recipe.rounding == "reconstruct" else None
         with self.clock.step("emit"):
             rows = make_tensor_rows(plan, solution.params)
@@ -388,6 +393,7 @@ class _QuantizationRun:
             outputs=self.outputs,
             runner_up=pictures.detected.runner_up,
             margin=pictures.detected.margin,
+            in_float=FloatShare(audited.float, audited.integer + audited.float, *self.in_float),
         )
 
 

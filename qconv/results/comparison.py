@@ -195,6 +195,7 @@ class Diagnosis:
         recommended: The whole command line.
         conclusion: The result in one or two sentences.
         float_ms: Time of one run of the float model; None where nothing was timed.
+        float_bytes: Of the float model's files.
     """
 
     model: str
@@ -206,6 +207,7 @@ class Diagnosis:
     recommended: str
     conclusion: str
     float_ms: float | None = None
+    float_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -216,10 +218,13 @@ class Diagnosis:
             "pictures": self.pictures,
             "unseen": self.unseen,
             "float_ms": self.float_ms,
+            "float_size": self.float_bytes,
             "causes": [cause.as_dict() for cause in self.causes],
             "ranked_by": name_ranking(self.trials),
             "ladder": [trial.as_dict() for trial in self.trials],
             "best": self.best.name,
+            "best_size": self.best.size,
+            "best_in_float": None if self.best.in_float is None else self.best.in_float.as_dict(),
             "conclusion": self.conclusion,
             "recommended": self.recommended,
             "warnings": self.warnings,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qconv.errors import Change, Finding, Skipped
+from qconv.results.float_share import FloatShare
 from qconv.results.gates import Gate
 from qconv.results.scores import (
     AGREEMENT,
@@ -386,6 +387,7 @@ class Report:
     outputs: tuple[OutputFact, ...] = ()
     runner_up: str | None = None
     margin: float | None = None
+    in_float: FloatShare | None = None
     model_bytes: bytes | None = field(default=None, repr=False)
 
     @property

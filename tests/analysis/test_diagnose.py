@@ -240,6 +240,10 @@ def test_a_gate_is_named_and_the_layers_beside_it_left_in_float(tmp_path: Path, 
     assert cause["where"] == ["s"]
     assert cause["output_share"] > 0.5
     assert "--keep-float c --keep-float d" in found["recommended"]
+    # of three layers the last, of 128 weights, is quantized; each multiplies them once a pixel
+    left = 1 - 8 * 16 / (16 * 3 * 9 + 16 * 16 * 9 + 8 * 16)
+    assert (found["best_in_float"]["work"], found["best_in_float"]["weights"]) == pytest.approx((left, left))
+    assert "That is most of the network, which is hardly quantized by this" in found["conclusion"]
     before = decibel(model, as_asked(model, tmp_path / "asked.onnx", *asked), unseen())
     after = decibel(model, by_command(found, tmp_path / "mended.onnx"), unseen())
     assert after > max(30, before + 10)
@@ -268,6 +272,10 @@ def test_of_a_sound_network_there_is_nothing_to_mend(tmp_path: Path, samples: Pa
     assert found["best"] == "as asked"
     assert found["recommended"] == f"qconv quantize {model} --calib {samples}"
     first = found["ladder"][0]
+    # all of its layers are quantized, and it is told beside the command how large the file is
+    assert (found["best_in_float"]["work"], found["best_in_float"]["weights"]) == (0, 0)
+    assert (found["best_size"], found["float_size"]) == (first["size"], model.stat().st_size)
+    assert "0% of the multiplications and 0% of the weights in float, and takes" in found["conclusion"]
     # but for how many pictures were asked for, which the file tells
     assert abs(first["size"] - by_command(found, tmp_path / "q.onnx").stat().st_size) <= len("128")
     assert first["ms"] > 0
