@@ -193,7 +193,7 @@ class TrialRunner:
         self.made.append(made)
         try:
             made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.cache, advises=False)
-            found = self.scored.score(made.open())
+            found = self.scored.score(made.open(), self.reporter)
         except QconvError as error:
             made.report, made.failure = None, error
             made.trial = replace(trial, failed=f"{error.message} {error.hint}", seconds=time.perf_counter() - start)

@@ -313,8 +313,10 @@ class ReferenceOutputs:
     labels: Labels | None = None
     _measured: list[Measure] = field(default_factory=list)
 
-    def score(self, quantized: Session) -> Verification:
-        """`quantized` against the float model."""
+    def score(self, quantized: Session, reporter: Reporter | None = None) -> Verification:
+        """`quantized` against the float model. reporter: hears how many pictures are scored."""
+        reporter = reporter or Reporter()
+        done = 0
         comparison, names = ComparisonAccumulator.of(self.network), self.network.names
         pair = None if self.labels is None else LabelledPair.of(self.labels, self.float_measure)
         for place, (feeds, expected) in enumerate(self.batches):
@@ -322,6 +324,8 @@ class ReferenceOutputs:
             comparison.add_heard(expected, got)
             if pair is not None:
                 add_batch(pair.own, self.paths[place], count_images(feeds), got)
+            done += count_images(feeds)
+            reporter.progress("score", min(done, self.pictures), self.pictures)
         labelled = None if pair is None else pair.scores()
         return Verification(self.pictures, comparison.scores(), heads=comparison.heads(), labelled=labelled)
 

@@ -21,12 +21,16 @@ from onnxruntime import InferenceSession
 from PIL import Image
 
 from qconv.analysis import trials
+from qconv.analysis.diagnose import DiagnosisRequest, diagnose
 from qconv.analysis.remedies import join_changes, merge_changes
 from qconv.cli.main import cli
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
+from qconv.config.serialization import request_fields
 from qconv.data.dataset import find_files
+from qconv.ir.files import Source
 from qconv.pipeline import collect, quantize
+from qconv.reporter import Reporter
 from qconv.results.scores import AGREEMENT
 from qconv.results.trials import Trial, pareto_mask
 from tests.data.test_autodetect import colourful, fed, folder_of, trained_with
@@ -547,6 +551,18 @@ def test_the_page_of_a_diagnosis_shows_masks_of_what_was_asked_for(tmp_path: Pat
     shown = re.findall(r'title="(\d\.png)">[^<]*</span>: ([\d.]+)% of pixels agree', text)
     assert shown == [(name, f"{100 * share:.1f}") for share, name in sorted(expected)]
     assert text.count('class="overlay"') == 2 * len(expected)
+
+
+def test_scoring_shows_how_far_it_is(tmp_path: Path, samples: Path) -> None:
+    """Every trial is scored picture by picture, and the outputs are compared so, which may take most of the time."""
+    heard: list[tuple[str, int, int]] = []
+    asked = request_fields(Recipe(effort="fast"), DataOptions((str(samples),)))
+    source = Source("model.onnx", saved(plain(), tmp_path))
+    found = diagnose(DiagnosisRequest(source, asked), Reporter(on_progress=lambda *told: heard.append(told)))
+    pictures = found.diagnosis.pictures
+    trials = [trial for trial in found.diagnosis.trials if not trial.failed]
+    each = [(stage, done, pictures) for stage in ("score", "outputs") for done in range(1, pictures + 1)]
+    assert all(heard.count(told) == (len(trials) if told[0] == "score" else 1) for told in each)
 
 
 def test_more_effort_is_tried_where_only_more_bits_are_good(tmp_path: Path, samples: Path) -> None:
