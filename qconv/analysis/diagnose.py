@@ -169,6 +169,7 @@ class _DiagnosisRunner:
             conclusion=self._conclusion(best) + describe_cost(best.trial, self.float_bytes),
             float_ms=float_ms,
             float_bytes=self.float_bytes,
+            given=proof.scored.given,
             warnings=self.reporter.warnings,
         )
         own, other = (ModelWithData(model, held.feed, compared.words) for model in (session, base.made.open()))

@@ -326,4 +326,5 @@ def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter 
         held.unseen,
         trials,
         outputs,
+        proof.scored.given,
     )

@@ -302,6 +302,7 @@ class ReferenceOutputs:
         network: What the outputs are.
         batches: Inputs and outputs, of which detections are read once for all models.
         pictures: How many they hold.
+        given: How many there were, of which others did not fit into memory.
         paths: The pictures in each batch.
         labels: Of the pictures; None where there are none.
     """
@@ -309,6 +310,7 @@ class ReferenceOutputs:
     network: NetworkOutputs
     batches: list[tuple[Batch, BatchOutputs]]
     pictures: int
+    given: int = 0
     paths: list[tuple[Path, ...]] = field(default_factory=list)
     labels: Labels | None = None
     _measured: list[Measure] = field(default_factory=list)
@@ -381,4 +383,5 @@ def collect_reference_outputs(
     if kept:
         network = describe_outputs(session, *kept[0])
     heard = [(feeds, network.hear(arrays)) for feeds, arrays in kept]
-    return ReferenceOutputs(network, heard, pictures, paths, labels)
+    given = total if size >= most_bytes else pictures
+    return ReferenceOutputs(network, heard, pictures, given, paths, labels)

@@ -425,7 +425,7 @@ def _verify_staged(
         return Verification(0, ())
     quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads, optimize=target.on_ort)
     whole = recipe.is_gated or pictures.labels is not None
-    batches = feed.iter_batches("verify") if whole else feed.iter_cached("verify")
+    batches = feed.iter_batches("verify") if whole else feed.iter_first("verify")
     found = verify(original, quantized, batches, feed.as_float, pictures.labelled_batches(feed))
     if pictures.data_free_statistics is not None:
         odd = (OutputScore(o.name, (), o.remark, o.kind) for o in found.outputs if o.remark)

@@ -188,6 +188,7 @@ class Diagnosis:
 
     Attributes:
         pictures: Images that trials are measured on.
+        given: Images that were there for it, of which others did not fit into memory.
         unseen: Whether none of them was calibrated with.
         causes: What was found.
         trials: The recipe as it was asked for, then one remedy after the other.
@@ -208,6 +209,7 @@ class Diagnosis:
     conclusion: str
     float_ms: float | None = None
     float_bytes: int = 0
+    given: int = 0
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -216,6 +218,7 @@ class Diagnosis:
             "schema": 1,
             "model": self.model,
             "pictures": self.pictures,
+            "pictures_given": self.given,
             "unseen": self.unseen,
             "float_ms": self.float_ms,
             "float_size": self.float_bytes,
@@ -233,7 +236,11 @@ class Diagnosis:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Several recipes measured on the same images. outputs: the files, in the order of the trials."""
+    """Several recipes measured on the same images.
+
+    outputs: the files, in the order of the trials. given: images that were there, of which others did not fit into
+    memory.
+    """
 
     model: str
     float_bytes: int
@@ -242,6 +249,7 @@ class Sweep:
     unseen: bool
     trials: tuple[Trial, ...]
     outputs: tuple[str, ...]
+    given: int = 0
 
     @property
     def best(self) -> tuple[bool, ...]:
@@ -256,6 +264,7 @@ class Sweep:
             "model": self.model,
             "float": {"size": self.float_bytes, "ms": self.float_ms},
             "pictures": self.pictures,
+            "pictures_given": self.given,
             "unseen": self.unseen,
             "ranked_by": name_ranking(self.trials),
             "recipes": [

@@ -553,6 +553,19 @@ def test_the_page_of_a_diagnosis_shows_masks_of_what_was_asked_for(tmp_path: Pat
     assert text.count('class="overlay"') == 2 * len(expected)
 
 
+def test_pictures_that_do_not_fit_are_told(tmp_path: Path, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the 8 that are held back 3 fill the memory that is kept for them: 768 bytes and their outputs of 2 kB each."""
+    monkeypatch.setattr(trials, "SCORED_BYTES", 2 * (3 * 8 * 8 + 8 * 8 * 8) * 4 + 1)
+    model, asked = saved(plain(), tmp_path), ("--calib", samples, "--effort", "fast")
+    found = diagnosed(model, *asked)
+    assert (found["pictures"], found["pictures_given"]) == (3, COUNT // 5)
+    text = " ".join(invoked("diagnose", model, *asked).stdout.split())
+    assert "scored on 3 of 8 pictures (more of them, with outputs, do not fit into memory)" in text
+    monkeypatch.undo()
+    found = diagnosed(model, *asked)
+    assert (found["pictures"], found["pictures_given"]) == (COUNT // 5, COUNT // 5)
+
+
 def test_scoring_shows_how_far_it_is(tmp_path: Path, samples: Path) -> None:
     """Every trial is scored picture by picture, and the outputs are compared so, which may take most of the time."""
     heard: list[tuple[str, int, int]] = []
