@@ -101,6 +101,12 @@ def evaluate(
     labels: PathName | None = None,
     label_map: PathName | None = None,
     threads: int | None = None,
+    min_agreement: float | None = None,
+    min_boxes: float | None = None,
+    min_map: float | None = None,
+    min_miou: float | None = None,
+    min_sqnr: float | None = None,
+    min_top1: float | None = None,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Measure a model on labelled images, and against another one.
@@ -115,6 +121,9 @@ def evaluate(
         labels: Of boxes or masks, a file or a folder: `qconv evaluate --schema` prints what is expected.
         label_map: A file that says which class of the model a label is.
         threads: Of ONNX Runtime; None for all cores.
+        min_agreement, min_boxes, min_map, min_miou, min_top1: Gates, shares; all but the last are on what labels or
+            `against` tell. `held` of the result says whether every one held.
+        min_sqnr: Gate, in dB.
         reporter: Hears of warnings and of progress.
     """
     check_run_options(threads)
@@ -128,6 +137,12 @@ def evaluate(
             threads=threads,
             labels=as_type(labels, Path | None, "--labels"),
             label_map=as_type(label_map, Path | None, "--label-map"),
+            min_agreement=min_agreement,
+            min_boxes=min_boxes,
+            min_map=min_map,
+            min_miou=min_miou,
+            min_sqnr=min_sqnr,
+            min_top1=min_top1,
         )
         return analysis_evaluate.evaluate(source, request, _run(reporter))
 

@@ -105,7 +105,7 @@ def compare(request: ComparisonRequest, reporter: Reporter | None = None) -> Com
             fact = f"No layer of {request.model.name} is found in {request.float_model.name}."
             raise QconvError(fact, "pass the float model that it was made from, first.")
         tallies = networks.look(request, reporter)
-        whole = networks.whole(request)
+        whole = networks.whole(request, reporter)
         compared = whole.all_scores()
         noise, seen = networks.effects(request, whole.network.parts, reporter)
     total = sum(noise.values())
@@ -253,17 +253,20 @@ class _LoadedNetworks:
             reporter.progress("compare", min(done, request.pictures), request.pictures)
         return tallies
 
-    def whole(self, request: ComparisonRequest) -> ComparisonAccumulator:
+    def whole(self, request: ComparisonRequest, reporter: Reporter) -> ComparisonAccumulator:
         """Compare the outputs of both files as they are, with the runtime's optimizations."""
         both = [
             open_original(source, self.threads, request.tasks, required=False)
             for source in (request.float_model, request.model)
         ]
         comparison: ComparisonAccumulator | None = None
+        done = 0
         for floats, feeds in request.feeds():
             expected = both[0].run_all(floats)
             comparison = comparison or ComparisonAccumulator.of(describe_outputs(both[0], floats, expected))
             comparison.add(expected, both[1].run(both[0].outputs, feeds))
+            done += count_images(feeds)
+            reporter.progress("outputs", min(done, request.pictures), request.pictures)
         return comparison or ComparisonAccumulator.of(NetworkOutputs(both[0].model_outputs))
 
     def effects(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from qconv import storage
 from qconv.analysis import causes
 from qconv.analysis.causes import FEW_IMAGES, GENERALIZATION_GAP_DB, MANY_IMAGES, DiagnosisEvidence
 from qconv.analysis.compare import ComparisonRequest, ComparisonRun, compare
+from qconv.analysis.recommendation import PLENTY_DB, choose_trial, describe_cost, describe_trial, leaves_most_in_float
 from qconv.analysis.remedies import (
     ENOUGH,
     POOR,
@@ -39,6 +39,7 @@ from qconv.config.data_options import LABEL_OPTIONS, PRESETS, DataOptions, Prepr
 from qconv.config.recipe import make_request
 from qconv.config.serialization import format_option
 from qconv.data.autodetect import CERTAIN_MARGIN, SHAPE_OPTIONS, detect_preprocessing, is_same_preprocessing
+from qconv.data.label_files import NAME_IMAGES
 from qconv.data.loader import DataLoader
 from qconv.data.model_with_data import ModelWithData
 from qconv.errors import format_count
@@ -55,12 +56,8 @@ from qconv.results.trials import LEAST_GAIN_DB, Trial
 from qconv.runtime.benchmark import detect_cpu
 from qconv.runtime.session import Session
 
-DB_PER_BIT = 6.02
-"""Gain of one more bit: a doubling of time or size has to gain as much."""
 LEAST_GAIN_OF_BITS_DB = 3.0
 """Gain that more bits than were asked for must have to be mentioned."""
-PLENTY_DB = 40.0
-"""From here on more counts nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +93,7 @@ def diagnose(case: DiagnosisRequest, reporter: Reporter | None = None) -> Diagno
     size = file_bytes(proto, case.source)
     del proto
     with storage.scratch_folder(8 * size) as folder:
-        return _DiagnosisRunner(case, reporter, folder).diagnosis()
+        return _DiagnosisRunner(case, reporter, folder, size).diagnosis()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +114,7 @@ class _DiagnosisRunner:
     """One diagnosis.
 
     Attributes:
+        float_bytes: Of the float model.
         found: Causes so far.
         attempts: Trials so far, first that of the recipe asked for.
         changes: What mends the images, on top of which all else is tried.
@@ -125,6 +123,7 @@ class _DiagnosisRunner:
     case: DiagnosisRequest
     reporter: Reporter
     folder: Path
+    float_bytes: int
     cache: CalibrationCache = field(default_factory=CalibrationCache)
     found: list[Cause] = field(default_factory=list)
     attempts: list[_RemedyAttempt] = field(default_factory=list)
@@ -135,7 +134,7 @@ class _DiagnosisRunner:
         recipe, data = make_request(asked)
         session = open_original(self.case.source, recipe.threads, data.tasks)
         held = hold_out_images(session, data, self.case.images, self.reporter)
-        opened = open_held_labels(data, held, self.reporter, self.case.images)
+        opened = open_held_labels(data, held, self.reporter, self.case.images, NAME_IMAGES)
         asked |= dict.fromkeys(LABEL_OPTIONS)  # runs measure nothing by them: their files are scored here
         asked["samples"] = min(data.samples or held.most, held.most)
         recipe, data = make_request(asked)
@@ -167,8 +166,10 @@ class _DiagnosisRunner:
             trials=tuple(attempt.trial for attempt in self.attempts),
             best=best.trial,
             recommended=self._command(best),
-            conclusion=self._conclusion(best),
+            conclusion=self._conclusion(best) + describe_cost(best.trial, self.float_bytes),
             float_ms=float_ms,
+            float_bytes=self.float_bytes,
+            given=proof.scored.given,
             warnings=self.reporter.warnings,
         )
         own, other = (ModelWithData(model, held.feed, compared.words) for model in (session, base.made.open()))
@@ -252,7 +253,8 @@ class _DiagnosisRunner:
                 known = [(attempt.made.recipe, attempt.made.data) for attempt in self.attempts]
                 if request is not None and request not in known:
                     trial = self._try(proof, asked, remedy).trial
-                    if trial.gain_over(base.trial) >= LEAST_GAIN_DB and not remedy.undoes:
+                    gains = trial.gain_over(base.trial) >= LEAST_GAIN_DB
+                    if gains and not (remedy.undoes or leaves_most_in_float(trial)):
                         gaining.append((trial.rank, remedy))
 
         worth_it = [cause for cause in self.found if cause.kind != "layer" or is_short_of(self._so_far, ENOUGH)]
@@ -271,9 +273,9 @@ class _DiagnosisRunner:
 
     @property
     def _so_far(self) -> Trial:
-        """The most accurate trial that keeps the bits that were asked for."""
-        able = [known for known in self.attempts if not self._gives_up_bits(known)]
-        return max((attempt.trial for attempt in able), key=lambda trial: trial.rank)
+        """The most accurate trial that keeps the bits that were asked for, and quantizes most where one does."""
+        able = [known.trial for known in self.attempts if not self._gives_up_bits(known)]
+        return max(able, key=lambda trial: (not leaves_most_in_float(trial), trial.rank))
 
     def _try(self, proof: TrialRunner, asked: Mapping[str, Any], remedy: Remedy) -> _RemedyAttempt:
         """Carry a remedy out, on top of what mends the images. Its options are those to add to the given ones."""
@@ -313,14 +315,11 @@ class _DiagnosisRunner:
     # -- what comes of it ----------------------------------------------------------------------------------------------
 
     def _best(self, base: _RemedyAttempt) -> _RemedyAttempt:
-        """Choose the most accurate trial, where a doubling of time or size has to gain a bit's worth."""
-        best, least = base, LEAST_GAIN_DB
-        for attempt in self.attempts[self.attempts.index(base) + 1 :]:
-            paid = DB_PER_BIT * (_count_doublings(attempt.trial, base.trial) - _count_doublings(best.trial, base.trial))
-            wanted = not (attempt.remedy.undoes or self._gives_up_bits(attempt))
-            if wanted and attempt.trial.gain_over(best.trial, PLENTY_DB) - paid > least:
-                best, least = attempt, 0.0
-        return best
+        """Choose what to recommend: no remedy that shows what a default is worth, or gives up what was asked for."""
+        tried = self.attempts[self.attempts.index(base) + 1 :]
+        wanted = [known for known in tried if not (known.remedy.undoes or self._gives_up_bits(known))]
+        best = choose_trial(base.trial, [known.trial for known in wanted])
+        return next(known for known in (base, *wanted) if known.trial is best)
 
     def _gives_up_bits(self, attempt: _RemedyAttempt) -> bool:
         """Whether a trial takes 8 bits or more where fewer were asked for, which a user has reasons for."""
@@ -381,24 +380,10 @@ class _DiagnosisRunner:
         return told
 
 
-def describe_trial(trial: Trial) -> str:
-    """Describe what was measured of a trial."""
-    told = ["outputs are equal"] if trial.equal else []
-    return ", ".join([*told, *(score.in_words() for score in trial.scores if score.value is not None)])
-
-
 def is_short_of(trial: Trial, wish: tuple[float, float]) -> bool:
     """Whether a trial has less SQNR, or has surely lost more of what its task is judged by. wish: dB, and a share."""
     decibel, share = wish
     return trial.noise_db < decibel or trial.surely_lost > share
-
-
-def _count_doublings(trial: Trial, base: Trial) -> float:
-    """How often size and time have doubled."""
-    cost = max(0.0, log2(trial.size / base.size)) if trial.size and base.size else 0.0
-    if trial.ms and base.ms:
-        cost += max(0.0, log2(trial.ms / base.ms))
-    return cost
 
 
 def _combine_remedies(ranked: Sequence[Remedy]) -> Remedy:

@@ -18,6 +18,7 @@ from typing import Any
 from qconv.analysis.evaluation import Evaluation, EvaluationOptions
 from qconv.analysis.judge import Judge
 from qconv.data.dataset import find_classes
+from qconv.data.label_files import NAME_IMAGES
 from qconv.data.model_with_data import ModelWithData, Outputs, open_models
 from qconv.errors import QconvError
 from qconv.ir.chance import describe_random_nodes
@@ -25,6 +26,7 @@ from qconv.ir.files import Source, read_proto
 from qconv.ir.load import load_unchanged
 from qconv.ir.original import open_original
 from qconv.metrics.comparison import describe_differing_runs
+from qconv.metrics.demands import require_extras
 from qconv.metrics.labelled import open_labels
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
@@ -38,12 +40,13 @@ def evaluate(
     """Run the model, and the other one, on every image. Raises QconvError where there is nothing to measure."""
     reporter = reporter or Reporter()
     asked = request.label_request
+    require_extras(request)
     classes = None if asked is not None else find_classes(request.data, request.classes)
     own, other = open_models(source, request.against, request.data, request.threads, reporter)
     _warn_of_chance(other, request, reporter)
     _require_outputs(own.session, own.session if other is None else other.session)
     paths = own.feed.listing.paths
-    opened = None if asked is None else open_labels(asked, request.data, paths, reporter.warn)
+    opened = None if asked is None else open_labels(asked, request.data, paths, reporter.warn, NAME_IMAGES)
     judge = Judge(request, own, other, reporter, classes, opened)
     lost: set[Path] = set()
     first: list[Any] = []

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qconv.config.choices import check_run_options, option_name, require, take_types
+from qconv.config.choices import EVALUATE_GATES, check_run_options, option_name, require, take_types
 from qconv.config.data_options import LABEL_OPTIONS, DataOptions
 from qconv.data.dataset import LabelOptions
 from qconv.data.label_files import LabelRequest
 from qconv.ir.files import Source
 from qconv.metrics.classification import LABELLED, Predictions
+from qconv.metrics.demands import BY_LABELS, GATES
 from qconv.metrics.similarity import difference_interval, mcnemar_p_value
-from qconv.results.quantize import OutputFact, OutputScore
+from qconv.results.gates import Gate
+from qconv.results.quantize import OutputFact, OutputScore, Verification
 from qconv.results.scores import (
     AGREEMENT,
     COSINE,
     SQNR,
     TOP1,
     TOP5,
+    LabelledScores,
     Score,
     as_intervals,
     as_values,
@@ -40,6 +43,8 @@ class EvaluationOptions:
         classes, label_offset: Of labels, see data.dataset and data.label_files.
         table: What the predictions are for: ".csv", ".json", ".npz" (then all outputs are kept) or None.
         labels, label_map: Of boxes or masks, see data.label_files; None for the class folders of the images.
+        min_agreement, min_boxes, min_map, min_miou, min_top1: Gates, shares.
+        min_sqnr: Gate, in dB.
     """
 
     data: DataOptions
@@ -50,10 +55,16 @@ class EvaluationOptions:
     threads: int | None = None
     labels: Path | None = None
     label_map: Path | None = None
+    min_agreement: float | None = None
+    min_boxes: float | None = None
+    min_map: float | None = None
+    min_miou: float | None = None
+    min_sqnr: float | None = None
+    min_top1: float | None = None
 
     def __post_init__(self) -> None:
         take_types(self)
-        check_run_options(self.threads)
+        check_run_options(self.threads, self)
         for name in LABEL_OPTIONS:  # labels of the images are meant wherever they are named
             if getattr(self.data, name) is not None:
                 twice = getattr(self, name) is not None
@@ -61,6 +72,18 @@ class EvaluationOptions:
                 object.__setattr__(self, name, getattr(self.data, name))
         alone = self.label_map is not None and self.labels is None
         require(not alone, "--label-map without --labels", "name the labels that it is of.")
+        self._check_gates()
+
+    def _check_gates(self) -> None:
+        """Raise QconvError for gates on what is not going to be measured."""
+        for name in EVALUATE_GATES:
+            if getattr(self, name) is None or name == "min_top1" or self.against is not None:
+                continue
+            by_labels = GATES[name] in BY_LABELS
+            known = by_labels and self.labels is not None
+            beside = " and --labels" if by_labels else ""
+            fix = f"pass {'labels, or ' if by_labels else ''}the float model with --against."
+            require(known, f"{option_name(name)} {getattr(self, name):g} without --against{beside}", fix)
 
     @property
     def labelling(self) -> LabelOptions:
@@ -110,6 +133,7 @@ class Evaluation:
         outputs: How near each is to the other model's.
         heads: The same of what is read from several outputs together, as detections are.
         predictions: What was said of each picture.
+        gates: Demands, and whether they hold.
     """
 
     model: str
@@ -125,6 +149,7 @@ class Evaluation:
     outputs: tuple[OutputScore, ...] = ()
     heads: tuple[OutputScore, ...] = ()
     predictions: Predictions | None = None
+    gates: list[Gate] = field(default_factory=list)
 
     @property
     def top1(self) -> Score | None:
@@ -140,6 +165,19 @@ class Evaluation:
     def compared(self) -> tuple[OutputScore, ...]:
         """All that was compared with the other model."""
         return (*self.outputs, *self.heads)
+
+    @property
+    def held(self) -> bool:
+        """Whether every gate held."""
+        return all(gate.held for gate in self.gates)
+
+    @property
+    def as_verification(self) -> Verification:
+        """The same as checks of a written file have it; the other model in the place of the float one."""
+        labelled = None
+        if self.labelled:
+            labelled = LabelledScores(self.labels, self.images, self.labelled, self.other_labelled, self.differences)
+        return Verification(self.images, self.outputs, heads=self.heads, labelled=labelled)
 
     @property
     def worst(self) -> tuple[Score, ...]:
@@ -188,6 +226,7 @@ class Evaluation:
             "against": against,
             "intervals": self._intervals(),
             "labels": self.labels or None,
+            "gates": [gate.as_dict() for gate in self.gates],
             "preprocessing": self.words or None,
         }
 

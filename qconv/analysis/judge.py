@@ -20,6 +20,7 @@ from qconv.decoding.boxes import Detections
 from qconv.errors import QconvError
 from qconv.metrics.classification import PredictionRecorder, Predictions, count_won_and_lost, score_classes
 from qconv.metrics.comparison import EVALUATED, ComparisonAccumulator
+from qconv.metrics.demands import check_gates, require_measures
 from qconv.metrics.detection_table import DetectionTable
 from qconv.metrics.labelled import BoxMeasure, FittedLabels, MaskMeasure, OpenedLabels, place_detections
 from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
@@ -85,9 +86,23 @@ class Judge:
         unlabelled = self.labels is None and self._class_labels(self.own.feed.listing.paths, outputs) is None
         if unlabelled and self.other is None:
             raise _make_no_measure_error(self.request.data, network, self.vector)
+        self._require_gates(network, classes=self.labels is None and not unlabelled)
         if self.other is not None:
             self.compared = ComparisonAccumulator.of(network, EVALUATED)
         self._begin_table(network)
+
+    def _require_gates(self, network: NetworkOutputs, *, classes: bool) -> None:
+        """Raise QconvError for gates on what is not going to be measured. classes: whether class folders tell top-1."""
+        request, labels = self.request, self.labels
+        require_measures(request, network)
+        if request.min_top1 is not None and not classes:
+            fact = "--min-top1 needs class scores, and pictures in a folder for each class"
+            raise QconvError(f"{fact}.", "leave it out, or pass --min-agreement with --against.")
+        boxes = labels is not None and labels.boxes is not None
+        for option, asked, told in (("map", request.min_map, boxes), ("miou", request.min_miou, not boxes)):
+            if asked is not None and not told and self.other is None:
+                kind = "masks" if labels is not None and labels.boxes is None else "boxes"
+                raise QconvError(f"--min-{option} is not told by labels of {kind}.", "pass --against FLOAT as well.")
 
     def _begin_table(self, network: NetworkOutputs) -> None:
         kind, head = self.request.table, network.head
@@ -144,6 +159,7 @@ class Judge:
             self._judge_classes(result, numbers)
         if self.labels is not None:
             self._judge_labels(result, self.labels)
+        result.gates = check_gates(result.as_verification, self.request)
         classified = None if self.vector is None else self.seen
         outputs, offset = self.own.session.outputs, self.request.label_offset
         result.predictions = Predictions(

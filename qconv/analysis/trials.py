@@ -17,6 +17,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.dataset import list_samples
+from qconv.data.label_files import USE_EVALUATE
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
 from qconv.ir.files import Source, external_data_files, file_bytes, read_proto, refuse_quantized
@@ -84,9 +85,20 @@ def hold_out_images(session: Session, data: DataOptions, images: Sequence[str], 
 
 
 def open_held_labels(
-    data: DataOptions, held: HeldOutImages, reporter: Reporter, images: Sequence[str] = ()
+    data: DataOptions,
+    held: HeldOutImages,
+    reporter: Reporter,
+    images: Sequence[str] = (),
+    elsewhere: str = USE_EVALUATE,
 ) -> DataLabels | None:
-    """Read the labels that `data` names of the images to score on. images: as `hold_out_images` takes them.
+    """Read the labels that `data` names of the images to score on.
+
+    Args:
+        data: Names them.
+        held: The images.
+        reporter: Hears of labels that are left out.
+        images: As `hold_out_images` takes them.
+        elsewhere: What to do where labels are of none of the images.
 
     Raises:
         QconvError: They cannot be read, or are of none of these images.
@@ -94,7 +106,7 @@ def open_held_labels(
     if data.labels is None and data.classes is None:
         return None
     data = replace(data, paths=tuple(images), glob=None) if images else data
-    return open_data_labels(data, held.feed.listing.paths, reporter.warn)
+    return open_data_labels(data, held.feed.listing.paths, reporter.warn, elsewhere)
 
 
 def without_labels(data: DataOptions) -> DataOptions:
@@ -180,8 +192,8 @@ class TrialRunner:
         made = TrialRun(trial, recipe, data, out)
         self.made.append(made)
         try:
-            made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.cache)
-            found = self.scored.score(made.open())
+            made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.cache, advises=False)
+            found = self.scored.score(made.open(), self.reporter)
         except QconvError as error:
             made.report, made.failure = None, error
             made.trial = replace(trial, failed=f"{error.message} {error.hint}", seconds=time.perf_counter() - start)
@@ -192,6 +204,7 @@ class TrialRunner:
             ranked_by=self._find_ranking(found),
             labelled=found.labelled,
             size=made.report.quantized_bytes,
+            in_float=made.report.in_float,
             seconds=time.perf_counter() - start,
         )
         return made
@@ -313,4 +326,5 @@ def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter 
         held.unseen,
         trials,
         outputs,
+        proof.scored.given,
     )

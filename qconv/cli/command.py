@@ -12,6 +12,7 @@ import io
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
     from qconv.report.html import Page
-    from qconv.results.quantize import Gate
+    from qconv.results.gates import Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class CommandResult:
         gates: Demands that it may have fallen short of.
         model: A model for standard output; the rest then goes to standard error.
         status: The exit status where all gates hold.
+        after_page: Makes the result that tells of the seconds that the page took; None where it tells no time.
     """
 
     found: Mapping[str, Any]
@@ -86,6 +88,7 @@ class CommandResult:
     gates: Sequence[Gate] = ()
     model: bytes | None = None
     status: int = 0
+    after_page: Callable[[float], CommandResult] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +144,16 @@ class OutputOptions:
         if place.is_file():
             storage.refuse_overwriting_inputs(place, [*files.read, *files.external_data()])
 
-    def write_page(self, result: CommandResult) -> None:
-        """Write the page, where one is wanted."""
-        if self.report is not None and result.page is not None:
-            from qconv import storage
-            from qconv.report import html
+    def write_page(self, result: CommandResult) -> CommandResult:
+        """Write the page, where one is wanted. Returns what is to be told then."""
+        if self.report is None or result.page is None:
+            return result
+        from qconv import storage
+        from qconv.report import html
 
-            storage.write_atomically(Path(self.report), html.render_page(result.page(format_command_line())))
+        start = time.perf_counter()
+        storage.write_atomically(Path(self.report), html.render_page(result.page(format_command_line())))
+        return result if result.after_page is None else result.after_page(time.perf_counter() - start)
 
     def put(self, result: CommandResult) -> None:
         """Write the rest: the model, the table, and JSON or text."""
@@ -243,8 +249,7 @@ def run_command(wanted: OutputOptions, files: CommandFiles, work: Callable[[Repo
     console = Console(quiet=wanted.quiet)
     raise_exit_on_signals()
     try:
-        result = work(Reporter(console.warn, console.progress))
-        wanted.write_page(result)
+        result = wanted.write_page(work(Reporter(console.warn, console.progress)))
     finally:
         console.close()
     wanted.put(result)
@@ -255,6 +260,5 @@ def _tell_gates(gates: Sequence[Gate], *, quiet: bool) -> int:
     """Say which gates fell short. Returns the exit status."""
     for gate in gates:
         if not gate.held and not quiet:
-            got = "no such measure" if gate.got is None else f"{gate.got:.4g}"
-            print(f"Gate fell short: --{gate.name} {gate.want:g}, got {got}.", file=sys.stderr)
+            print(gate.as_error, file=sys.stderr)
     return 0 if all(gate.held for gate in gates) else GATE_FELL_SHORT

@@ -23,9 +23,11 @@ from qconv.cli.options import (
     common_options,
     csv_option,
     decode_option,
+    evaluate_gates,
     preprocessing_options,
 )
-from qconv.config.choices import check_run_options
+from qconv.cli.recipe_options import raise_usage_errors
+from qconv.config.choices import EVALUATE_GATES, check_run_options
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.reporter import Reporter
 
@@ -91,6 +93,7 @@ evaluate_options = combine_options(
     click.option("--seed", metavar="N", type=click.IntRange(0), help="Of that draw.  [default: 0]"),
     click.option("--glob", "pattern", metavar="PATTERN", help="Use only pictures whose name or path matches."),
     click.option("--batch", default=1, show_default=True, metavar="N", type=click.IntRange(1), help="Pictures a run."),
+    evaluate_gates,
     csv_option,
     preprocessing_options,
     decode_option,
@@ -119,6 +122,12 @@ class EvaluateArguments:
     pattern: str | None
     batch: int
     threads: int | None
+    min_agreement: float | None
+    min_boxes: float | None
+    min_map: float | None
+    min_miou: float | None
+    min_sqnr: float | None
+    min_top1: float | None
 
     @property
     def table(self) -> str | None:
@@ -169,7 +178,8 @@ def evaluate(**options: Any) -> int:
     """How often MODEL is right on labelled pictures, and how near it is to another model, with 95 % intervals."""
     given = make_arguments(EvaluateArguments, options)
     given.check()
-    check_run_options(given.threads)
+    with raise_usage_errors():
+        check_run_options(given.threads, given)
     data = given.data
     files = CommandFiles(
         (given.model,),
@@ -189,19 +199,21 @@ def _evaluate(given: EvaluateArguments, data: DataOptions, files: CommandFiles, 
     if given.save_predictions is not None:
         storage.check_output_path(Path(given.save_predictions))
         storage.refuse_overwriting_inputs(Path(given.save_predictions), files.read)
-    request = EvaluationOptions(
-        data,
-        None if given.against is None else source_of(given.against),
-        None if given.classes is None else Path(given.classes),
-        given.label_offset,
-        table=given.table,
-        threads=given.threads,
-        labels=None if given.labels is None else Path(given.labels),
-        label_map=None if given.label_map is None else Path(given.label_map),
-    )
+    with raise_usage_errors():
+        request = EvaluationOptions(
+            data,
+            None if given.against is None else source_of(given.against),
+            None if given.classes is None else Path(given.classes),
+            given.label_offset,
+            table=given.table,
+            threads=given.threads,
+            labels=None if given.labels is None else Path(given.labels),
+            label_map=None if given.label_map is None else Path(given.label_map),
+            **{name: getattr(given, name) for name in EVALUATE_GATES},
+        )
     found = run_evaluation(source_of(given.model), request, reporter)
     if given.save_predictions is not None and given.table is not None and found.predictions is not None:
         table = found.predictions.as_table(given.table)
         storage.write_atomically(Path(given.save_predictions), table)
     show = print_to(lambda: text.format_evaluation(found, verbose=given.wanted.verbose))
-    return CommandResult(found.as_dict(), show, found.rows())
+    return CommandResult(found.as_dict(), show, found.rows(), gates=found.gates)

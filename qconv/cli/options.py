@@ -282,6 +282,13 @@ def _make_gate_options(by: str) -> Decorator:
 
 finetune_gates = _make_gate_options("")
 
+evaluate_gates = combine_options(
+    _make_gate_options("by --labels or "),
+    click.option(
+        "--min-top1", type=float, metavar="0..1", help="Gate: exit with status 3 below this top-1 by class folders."
+    ),
+)
+
 images_option = click.option(
     "--calib",
     multiple=True,

@@ -117,14 +117,24 @@ def _quantize(
     source = source_of(model)
     report, result = pipeline_quantize.quantize(source, None if out == "-" else out, *request, reporter)
     written = Source("the quantized model", None if result is not None else Path(out), result)
-    return CommandResult(
-        report.as_dict(),
-        lambda stream: show_report(report, stream, verbose=wanted.verbose),
-        report.as_dict()["tensors"],
-        lambda command: pages.make_quantize_page(report, source, written, *request, command, reporter),
-        report.gates,
-        result,
-    )
+
+    def tell() -> CommandResult:
+        told = report.as_dict()
+        return CommandResult(
+            told,
+            lambda stream: show_report(report, stream, verbose=wanted.verbose),
+            told["tensors"],
+            lambda command: pages.make_quantize_page(report, source, written, *request, command, reporter),
+            report.gates,
+            result,
+            after_page=tell_again,
+        )
+
+    def tell_again(seconds: float) -> CommandResult:
+        report.time |= {"page": seconds, "total": report.time["total"] + seconds}
+        return tell()
+
+    return tell()
 
 
 def require_streams(model: str, output: str | None, as_json: bool) -> None:

@@ -141,6 +141,9 @@ DROP_MEASURES = {
 GATE_OPTIONS = ("min_agreement", "min_boxes", "min_map", "min_miou", "min_sqnr")
 """Options that end with status 3 where the result falls short: shares, but for decibels of SQNR."""
 
+EVALUATE_GATES = (*GATE_OPTIONS, "min_top1")
+"""Those of `evaluate`, which reads class folders unasked."""
+
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)
 
 FLOAT_BITS = 32
@@ -359,9 +362,9 @@ MOST_THREADS = 1024
 
 
 def check_run_options(threads: int | None, gated: Any = None) -> None:
-    """Raises QconvError for a number of threads, and for gates, that cannot be. gated: has some of GATE_OPTIONS."""
+    """Raises QconvError for a number of threads, and for gates, that cannot be. gated: has some of EVALUATE_GATES."""
     require_range("--threads", as_type(threads, int | None, "--threads"), 1, MOST_THREADS)
-    for name in GATE_OPTIONS:
+    for name in EVALUATE_GATES:
         told = option_name(name)
         least = as_type(getattr(gated, name, None), float | None, told)
         if least is not None and name == "min_sqnr":

@@ -243,29 +243,30 @@ CLASS_LIST_NAME = "classes.txt"
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """The classes of a data set. rank: by class folder. names: by rank. source: where they come from, in words."""
+    """The classes of a data set.
+
+    Attributes:
+        rank: By class folder.
+        names: By rank.
+        source: Where they come from, in words.
+        complete: Whether there is one for every output, if the ranks are right.
+        listed: Whether a file lists them.
+    """
 
     rank: dict[str, int]
     names: dict[int, str]
     source: str
     complete: bool
-    """Whether every output has a folder, if the ranks are right."""
+    listed: bool = False
 
     def labels(self, folders: Sequence[str], *, offset: int, outputs: int) -> list[int]:
-        """The label of each image. folders: its class folder. Raises QconvError where labels exceed the outputs."""
+        """The label of each image. folders: its class folder. Raises QconvError where these are not the model's."""
         unknown = next((name for name in folders if name not in self.rank), None)
         if unknown is not None:
             raise QconvError(
                 f"The class folder {unknown} is not in {self.source}.", "add it, or leave it out (--glob)."
             )
-        shifted = f", shifted by {offset}," if offset else ""
-        if self.complete and len(self.rank) + offset != outputs:
-            raise QconvError(
-                f"{format_count(len(self.rank), 'class folder')}{shifted} do not fit {outputs} outputs, so "
-                "that their order "
-                "tells no class.",
-                "list all class folders in output order in a file: --classes FILE (--label-offset shifts them).",
-            )
+        self._require_fit(offset, outputs)
         found = [self.rank[name] + offset for name in folders]
         odd = next((label for label in found if not 0 <= label < outputs), None)
         if odd is not None:
@@ -274,6 +275,31 @@ class Classes:
                 "check --classes and --label-offset.",
             )
         return found
+
+    def _require_fit(self, offset: int, outputs: int) -> None:
+        """Raise QconvError where there must be as many as outputs, and are not."""
+        if self.listed:
+            require_listed_classes(self.source, len(self.names), offset, outputs)
+        elif self.complete and len(self.names) + offset != outputs:
+            shifted = f", shifted by {offset}," if offset else ""
+            fact = f"{format_count(len(self.names), 'class folder')}{shifted} do not fit {outputs} outputs"
+            fix = "list all class folders in output order in a file: --classes FILE (--label-offset shifts them)."
+            raise QconvError(f"{fact}, so that their order tells no class.", fix)
+
+
+def require_listed_classes(file: str, count: int, offset: int, outputs: int) -> None:
+    """Raise QconvError where a file lists another number of classes than the model has.
+
+    Args:
+        file: Its name.
+        count: How many it lists.
+        offset: Added to the place in the list.
+        outputs: Classes of the model.
+    """
+    if count + offset != outputs:
+        shifted = f", shifted by {offset}" if offset else ""
+        fact = f"{file} lists {format_count(count, 'class')}{shifted}, but the model has {outputs}."
+        raise QconvError(fact, "list every class of the model, one a line (`evaluate` shifts them: --label-offset).")
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,4 +417,4 @@ def read_class_list(file: Path) -> Classes:
     if len({*names}) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise QconvError(f"{file} lists {twice} twice.", "write one class folder a line, in the order of the outputs.")
-    return Classes(rank, dict(enumerate(names)), str(file), complete=False)
+    return Classes(rank, dict(enumerate(names)), str(file), complete=True, listed=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qconv.config.data_options import DataOptions
 from qconv.config.serialization import read_toml
-from qconv.data.dataset import class_roots_of, read_class_list, suffix_of
+from qconv.data.dataset import class_roots_of, read_class_list, require_listed_classes, suffix_of
 from qconv.errors import QconvError, format_count
 
 Key = int | str
@@ -37,6 +37,12 @@ class LabelForm(StrEnum):
 FORM_OF_FILE = {".json": LabelForm.COCO, ".yaml": LabelForm.YOLO, ".yml": LabelForm.YOLO}
 
 FORM_IN_FOLDER = {".txt": LabelForm.YOLO, ".xml": LabelForm.VOC, ".png": LabelForm.MASKS}
+
+NAME_IMAGES = "name the pictures that they are of with --images."
+"""What to do where labels are of none of the pictures, and the command has that option."""
+
+USE_EVALUATE = "pass their pictures as --calib, or measure the result on them: `qconv evaluate --images DIR`."
+"""What to do where it has not."""
 
 SCHEMA_HINT = "`qconv evaluate --schema` prints what is expected of each form."
 
@@ -70,10 +76,15 @@ class ModelClasses:
     count: int | None = None
 
     def named_by(self, request: LabelRequest) -> ModelClasses:
-        """The same with the names that the user lists, if any. Raises QconvError for a file that is no such list."""
+        """The same with the names that the user lists, if any.
+
+        Raises QconvError for a file that is no such list, or lists another number of classes than the model has.
+        """
         if request.classes is None:
             return self
         listed = read_class_list(request.classes).names
+        if self.count is not None:
+            require_listed_classes(str(request.classes), len(listed), request.offset, self.count)
         return ModelClasses({rank + request.offset: name for rank, name in listed.items()}, self.count)
 
 
@@ -103,8 +114,11 @@ class LabelledPictures:
         return found
 
 
-def find_label_form(path: Path, pictures: LabelledPictures) -> LabelForm:
-    """The form of labels in a file, or in a folder. Raises QconvError for what is none of them."""
+def find_label_form(path: Path, pictures: LabelledPictures, elsewhere: str) -> LabelForm:
+    """The form of labels in a file, or in a folder. Raises QconvError for what is none of them.
+
+    elsewhere: what to do where they are of none of the pictures.
+    """
     if path.is_file():
         form = FORM_OF_FILE.get(suffix_of(path))
         if form is None:
@@ -117,7 +131,7 @@ def find_label_form(path: Path, pictures: LabelledPictures) -> LabelForm:
         others = Counter(suffix_of(file) or "no suffix" for file in path.iterdir() if file.is_file())
         holds = ", ".join(f"{format_count(n, 'file')} {suffix}" for suffix, n in others.most_common(3))
         fact = f"{path} holds no labels of these pictures: {holds or 'no files'}, and none .txt, .xml or .png"
-        raise QconvError(f"{fact} called like a picture, as {pictures.paths[0].stem}.", SCHEMA_HINT)
+        raise QconvError(f"{fact} called like a picture, as {pictures.paths[0].stem}.", f"{elsewhere} {SCHEMA_HINT}")
     return FORM_IN_FOLDER[best]
 
 

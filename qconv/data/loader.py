@@ -219,6 +219,19 @@ class DataLoader:
                     break
         yield from self._kept
 
+    def iter_first(self, stage: str) -> Iterator[Batch]:
+        """Yield the first KEPT_IMAGES images, read again where they are too large for all to stay in memory."""
+        if not self._is_full or sum(map(count_images, self._kept)) >= KEPT_IMAGES:
+            yield from self.iter_cached(stage)
+            return
+        seen = 0
+        with contextlib.closing(self.iter_batches(stage)) as batches:
+            for feeds in batches:
+                yield feeds
+                seen += count_images(feeds)
+                if seen >= KEPT_IMAGES:
+                    return
+
     def take(self, count: int, stage: str) -> list[Batch]:
         """The first `count` images, and those that fill up their last batch."""
         found: list[Batch] = []

@@ -1,6 +1,6 @@
 """Measures a model and its float model by the labels of the pictures that they are compared on.
 
-opened = open_data_labels(data, paths, warn)            before the work
+opened = open_data_labels(data, paths, warn, hint)      before the work
 labels = opened.fit(network, metadata, prep, warn)      once it is known what the outputs are
 pair = LabelledPair.of(labels)
 pair.add(paths, size, expected, got)                    batch by batch
@@ -20,7 +20,7 @@ import numpy as np
 
 from qconv.config.data_options import DataOptions, Preprocessing
 from qconv.data.dataset import LabelOptions, find_classes, labels_of
-from qconv.data.label_files import LabelRequest
+from qconv.data.label_files import USE_EVALUATE, LabelRequest
 from qconv.errors import QconvError
 from qconv.metrics.classification import ClassMeasure
 from qconv.metrics.labelled import BoxMeasure, MaskMeasure, OpenedLabels, Warn, open_labels
@@ -36,31 +36,34 @@ class Labels:
     """Labels as they suit a network.
 
     words: where they come from. start: makes a measure of one model by them. finish: says what has turned out
-    meanwhile. labelled: pictures that have some.
+    meanwhile. labelled: pictures that have some. elsewhere: what to do where they are of none of the pictures.
     """
 
     words: str
     start: Callable[[], Measure]
     labelled: Collection[Path]
     finish: Callable[[Warn], None] = lambda warn: None
+    elsewhere: str = USE_EVALUATE
 
     def require_some(self, paths: Collection[Path]) -> None:
         """Raise QconvError where none of the pictures on which models are measured has labels."""
         if not any(path in self.labelled for path in paths):
             fact = f"{self.words}: none of the {len(paths)} pictures that results are checked on has labels."
-            raise QconvError(fact, "label more pictures: which ones are held back is drawn at random, see --seed.")
+            fix = f"label more pictures, as those that are held back are drawn (--seed), or {self.elsewhere}"
+            raise QconvError(fact, fix)
 
 
 @dataclass(frozen=True, slots=True)
 class DataLabels:
     """Labels of the pictures of some data, not yet of a network's classes. opened: of boxes or masks, None of classes.
 
-    paths: the pictures.
+    paths: the pictures. elsewhere: what to do where labels are of none of them.
     """
 
     data: DataOptions
     paths: tuple[Path, ...]
     opened: OpenedLabels | None
+    elsewhere: str
 
     @property
     def tell_boxes(self) -> bool:
@@ -83,7 +86,8 @@ class DataLabels:
         """
         if self.opened is not None and prep is not None:
             fitted = self.opened.suit(network, metadata, warn)
-            return Labels(fitted.words, partial(fitted.start, prep), fitted.labelled, fitted.finish)
+            start = partial(fitted.start, prep)
+            return Labels(fitted.words, start, fitted.labelled, fitted.finish, self.elsewhere)
         vector = find_class_vector(network.outputs)
         outputs = 0 if vector is None else network.outputs[vector].classes
         classes = find_classes(self.data, self.data.classes)
@@ -92,15 +96,17 @@ class DataLabels:
         assert classes is not None
         assert numbers is not None
         known = dict(zip(self.paths, numbers.tolist(), strict=True))
-        return Labels(classes.source, partial(ClassMeasure, network.outputs[vector].name, known), known.keys())
+        begin = partial(ClassMeasure, network.outputs[vector].name, known)
+        return Labels(classes.source, begin, known.keys(), elsewhere=self.elsewhere)
 
 
-def open_data_labels(data: DataOptions, paths: Sequence[Path], warn: Warn) -> DataLabels:
+def open_data_labels(data: DataOptions, paths: Sequence[Path], warn: Warn, elsewhere: str) -> DataLabels:
     """Read what is said of pictures, before any is run. Arguments and errors are those of `open_labels`."""
     opened = None
     if data.labels is not None:
-        opened = open_labels(LabelRequest(data.labels, data.label_map, data.classes), data, paths, warn)
-    return DataLabels(data, tuple(paths), opened)
+        request = LabelRequest(data.labels, data.label_map, data.classes)
+        opened = open_labels(request, data, paths, warn, elsewhere)
+    return DataLabels(data, tuple(paths), opened, elsewhere)
 
 
 @dataclass(frozen=True, slots=True)

@@ -303,6 +303,7 @@ class ReferenceOutputs:
         network: What the outputs are.
         batches: Inputs and outputs, of which detections are read once for all models.
         pictures: How many they hold.
+        given: How many there were, of which others did not fit into memory.
         paths: The pictures in each batch.
         labels: Of the pictures; None where there are none.
     """
@@ -310,12 +311,15 @@ class ReferenceOutputs:
     network: NetworkOutputs
     batches: list[tuple[Batch, BatchOutputs]]
     pictures: int
+    given: int = 0
     paths: list[tuple[Path, ...]] = field(default_factory=list)
     labels: Labels | None = None
     _measured: list[Measure] = field(default_factory=list)
 
-    def score(self, quantized: Session) -> Verification:
-        """`quantized` against the float model."""
+    def score(self, quantized: Session, reporter: Reporter | None = None) -> Verification:
+        """`quantized` against the float model. reporter: hears how many pictures are scored."""
+        reporter = reporter or Reporter()
+        done = 0
         comparison, names = ComparisonAccumulator.of(self.network), self.network.names
         pair = None if self.labels is None else LabelledPair.of(self.labels, self.float_measure)
         for place, (feeds, expected) in enumerate(self.batches):
@@ -323,6 +327,8 @@ class ReferenceOutputs:
             comparison.add_heard(expected, got)
             if pair is not None:
                 add_batch(pair.own, self.paths[place], count_images(feeds), got)
+            done += count_images(feeds)
+            reporter.progress("score", min(done, self.pictures), self.pictures)
         labelled = None if pair is None else pair.scores()
         return Verification(self.pictures, comparison.scores(), heads=comparison.heads(), labelled=labelled)
 
@@ -378,4 +384,5 @@ def collect_reference_outputs(
     if kept:
         network = describe_outputs(session, *kept[0])
     heard = [(feeds, network.hear(arrays)) for feeds, arrays in kept]
-    return ReferenceOutputs(network, heard, pictures, paths, labels)
+    given = total if size >= most_bytes else pictures
+    return ReferenceOutputs(network, heard, pictures, given, paths, labels)

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qconv.config.choices import GATE_OPTIONS, option_name
+from qconv.config.choices import option_name
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import class_folders_of, find_classes
 from qconv.errors import QconvError
 from qconv.metrics.average_precision import require_detect_extra
 from qconv.metrics.network_outputs import NO_DECODER_HINT, NetworkOutputs
-from qconv.results.quantize import Gate, Verification
+from qconv.results.gates import Gate
+from qconv.results.quantize import Verification
 from qconv.results.scores import (
     AGREEMENT,
     BOXES,
@@ -39,8 +40,9 @@ GATES: Mapping[str, Metric] = {
     "min_map": FLOAT_MAP,
     "min_miou": FLOAT_MIOU,
     "min_sqnr": SQNR,
+    "min_top1": TOP1,
 }
-"""What options that end with status 3 ask for, by the field of Recipe."""
+"""What options that end with status 3 ask for, by their fields."""
 
 DROPS: Mapping[str, Metric] = {
     "agreement": AGREEMENT,
@@ -209,10 +211,11 @@ def check_gates(verification: Verification, asked: Any) -> list[Gate]:
     asked: has fields of GATES.
     """
     found = []
-    for option in GATE_OPTIONS:
+    for option, metric in GATES.items():
         want: float | None = getattr(asked, option, None)
         if want is not None:
-            demanded = Demanded.of(GATES[option], verification)
+            demanded = Demanded.of(metric, verification)
             held = demanded.reaches(want, verification)
-            found.append(Gate(option.replace("_", "-"), want, demanded.got, held))
+            of_float = demanded.before if demanded.metric.by_labels else None
+            found.append(Gate(option.replace("_", "-"), want, demanded.got, held, of_float))
     return found

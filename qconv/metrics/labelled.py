@@ -1,6 +1,6 @@
 """Measures models by labels of boxes or of masks: mAP of detectors, mIoU and pixel accuracy of segmenters.
 
-opened = open_labels(request, data, paths, warn)        before any picture is run
+opened = open_labels(request, data, paths, warn, hint)       before any picture is run
 labels = opened.suit(network, warn)                     once the first one was
 measure = labels.start(preprocessing)                   for each model
 measure.add(path, outputs)                              picture by picture
@@ -172,7 +172,7 @@ class OpenedLabels:
         words = f"{self.request.path} ({self.form})"
         if self.written is not None:
             head = self._require_head(network)
-            boxes = settle_classes(self.written, self.request, _find_classes(network, head), warn)
+            boxes = settle_classes(self.written, self.request, find_model_classes(network, head), warn)
             if all(own.ignored.all() for path, own in boxes.pictures.items() if path in self.sizes):
                 fact = f"{self.request.path} holds no box that counts in these pictures."
                 raise QconvError(fact, "label boxes of the model's classes; crowds and difficult ones do not count.")
@@ -210,7 +210,9 @@ class OpenedLabels:
             warn(f"{format_count(missing, 'picture')} of {len(self.sizes)} have no labels, and do not count.")
 
 
-def open_labels(request: LabelRequest, data: DataOptions, paths: Sequence[Path], warn: Warn) -> OpenedLabels:
+def open_labels(
+    request: LabelRequest, data: DataOptions, paths: Sequence[Path], warn: Warn, elsewhere: str
+) -> OpenedLabels:
     """Read what labels say of pictures, before any is run.
 
     Args:
@@ -218,6 +220,7 @@ def open_labels(request: LabelRequest, data: DataOptions, paths: Sequence[Path],
         data: Of which pictures these are.
         paths: The pictures.
         warn: Hears of labels of other pictures, and of boxes outside.
+        elsewhere: What to do where they are of none of these pictures.
 
     Raises:
         QconvError: Labels cannot be read, are of none of these pictures, or need what is not installed.
@@ -228,7 +231,7 @@ def open_labels(request: LabelRequest, data: DataOptions, paths: Sequence[Path],
         fact = f"{told}: what is preprocessed already does not tell where in a picture its labels lie."
         raise QconvError(fact, "pass pictures with --labels.")
     pictures = LabelledPictures.of(paths, data)
-    form = find_label_form(request.path, pictures)
+    form = find_label_form(request.path, pictures, elsewhere)
     if form is not LabelForm.MASKS:
         require_detect_extra()
     sizes = _read_sizes(paths)
@@ -246,7 +249,7 @@ def open_labels(request: LabelRequest, data: DataOptions, paths: Sequence[Path],
         written = read_yolo_labels(request.path, pictures, sizes)
     if not any(path in sizes for path in written.pictures):
         fact = f"{request.path} has labels of none of the pictures, as {paths[0].name}"
-        raise QconvError(f"{fact}, but of {written.strangers} others.", "pass the pictures that they are of.")
+        raise QconvError(f"{fact}, but of {written.strangers} others.", elsewhere)
     _tell_of_strangers(written.strangers if all_used else 0, warn)
     outside = describe_boxes_outside(written, sizes)
     if outside:
@@ -270,11 +273,13 @@ def _read_sizes(paths: Sequence[Path]) -> dict[Path, Size]:
     return found
 
 
-def _find_classes(network: NetworkOutputs, head: Head) -> ModelClasses:
+def find_model_classes(network: NetworkOutputs, head: Head) -> ModelClasses:
     """Names of a detector's classes, and how many it has, as far as these are known."""
     if head.names:
         return ModelClasses(head.names, max(head.names) + 1)
     shapes = {output.name: [side or 0 for side in output.shape] for output in network.outputs}
+    if any(output.name in head.outputs and not output.floating for output in network.outputs):
+        return ModelClasses({})  # numbers of classes, beside one score a box
     for name, parts in head.parts.items():
         scores = next((part for part in parts if part.name == "scores"), None)
         if scores is not None and not any(part.name == "classes" for part in parts):

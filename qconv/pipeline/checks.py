@@ -174,29 +174,34 @@ SLOWER_FACTOR = 1.05
 """Times of the float model from which on a result is called slower: less is noise."""
 
 
-def warn_of_result(checked: Verification, sizes: tuple[int, int], effort: str, reporter: Reporter) -> None:
+def advise(effort: str) -> str:
+    """What to do about a result that is far from the float model. effort: that was made."""
+    more = "--effort balanced may do better, and " if effort == "fast" else ""
+    return f"; {more}`qconv diagnose` with the same options tells why"
+
+
+def warn_of_result(checked: Verification, sizes: tuple[int, int], advice: str, reporter: Reporter) -> None:
     """Warn of odd outputs, of a result that is of no use, and of one slower or larger than the float model.
 
-    sizes: bytes of the float model's files, and of the result's. effort: that was made.
+    sizes: bytes of the float model's files, and of the result's. advice: ends what is said of a poor result; may be
+    empty.
     """
     for output in checked.outputs:
         if output.remark:
             reporter.warn(f"output {output.name}: {output.remark}.")
     # a few pictures between two classes move an agreement, which says little beside other measures
     decisive = [score for score in checked.scores if score.metric != AGREEMENT] or list(checked.scores)
-    more = "--effort balanced may do better, and " if effort == "fast" else ""
-    why = f"{more}`qconv diagnose` with the same options tells why"
     labelled = checked.labelled
     if labelled is not None and labelled.pair is not None and labelled.lost is not None:
         before, after = labelled.pair
         if after < before / 2:
-            reporter.warn(f"little is left of the float model: {labelled.in_words}; {why}.")
+            reporter.warn(f"little is left of the float model: {labelled.in_words}{advice}.")
         elif labelled.lost > POOR_LOSS:
-            reporter.warn(f"the result is far from the float model: {labelled.in_words}; {why}.")
+            reporter.warn(f"the result is far from the float model: {labelled.in_words}{advice}.")
     elif any(score.is_useless for score in checked.scores):
-        reporter.warn(f"little is left of the float model: {checked.in_words}; {why}.")
+        reporter.warn(f"little is left of the float model: {checked.in_words}{advice}.")
     elif any(score.is_poor for score in decisive):
-        reporter.warn(f"the result is far from the float model: {checked.in_words}; {why}.")
+        reporter.warn(f"the result is far from the float model: {checked.in_words}{advice}.")
     if checked.is_slower_by(SLOWER_FACTOR):
         reporter.warn(f"the quantized model ran {checked.slowdown_in_words} as long as the float one on this machine.")
     before, after = sizes

@@ -14,6 +14,7 @@ from pathlib import Path
 from qconv.config.data_options import DataOptions, Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
+from qconv.data.label_files import USE_EVALUATE
 from qconv.errors import Change, Finding
 from qconv.ir import load
 from qconv.ir.early_check import check_early
@@ -137,7 +138,9 @@ def load_float(
         size, digest = file_bytes(proto, source), hash_model(source, files)
         pictures = open_calibration_data(source, digest, recipe, data, reporter, hold_back=hold_back)
         pictures.cache = cache
-        opened = open_data_labels(data, pictures.paths, reporter.warn) if needs_labels(recipe, data) else None
+        opened = None
+        if needs_labels(recipe, data):
+            opened = open_data_labels(data, pictures.paths, reporter.warn, USE_EVALUATE)
         model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
     with clock.step("detect"):
         pictures.settle(model, recipe.threads)

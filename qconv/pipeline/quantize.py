@@ -32,6 +32,7 @@ from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import describe_requantization, requantize_for_layers
 from qconv.pipeline.checks import (
+    advise,
     find_odd_tensors,
     find_tensors_of_pictures,
     places_of,
@@ -43,11 +44,13 @@ from qconv.pipeline.checks import (
 from qconv.pipeline.collect import CalibrationCache, CalibrationData
 from qconv.pipeline.prepare import Prepared, Stopwatch, prepare
 from qconv.planning.plan import Plan
-from qconv.planning.planner import replan
+from qconv.planning.planner import is_quantizable_layer, replan
+from qconv.planning.work import measure_shares_in_float
 from qconv.quantization.emit import emit
 from qconv.quantization.layer_rounding import choose_rounding_effort
 from qconv.quantization.parameters import make_tensor_rows
 from qconv.reporter import Reporter
+from qconv.results.float_share import FloatShare
 from qconv.results.quantize import Audit, MixedPrecision, OutputFact, OutputScore, Report, TensorRow, Verification
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
@@ -73,6 +76,8 @@ def quantize(
     data: DataOptions | None = None,
     reporter: Reporter | None = None,
     cache: CalibrationCache | None = None,
+    *,
+    advises: bool = True,
 ) -> tuple[Report, bytes | None]:
     """Quantize `source` as `recipe` says, with the images of `data`, and save the result at `out`.
 
@@ -83,6 +88,7 @@ def quantize(
         data: The images; None where the recipe needs none.
         reporter: Hears of warnings and of progress.
         cache: What runs before this one on the same model have found out.
+        advises: Whether a warning of a poor result says what to do about it.
 
     Returns:
         The report, and the bytes of the result where `out` is None.
@@ -95,6 +101,7 @@ def quantize(
     data, place = data or DataOptions(), None if out is None else Path(out)
     recipe = recipe.with_data(data)
     run = _QuantizationRun.of(source, recipe, data, (reporter or Reporter()).of_part(), cache, place)
+    run.advice = advise(recipe.effort) if advises else ""
     run.calibrate()
     run.give_layers_their_own_inputs()
     run.place_by_measured_times()
@@ -126,6 +133,8 @@ class _QuantizationRun:
         saved: The same of the network before it was equalized, where it is to be saved.
         set_ranges: Of activations, as the outputs gain from them.
         outputs: What the outputs of the float model hold.
+        advice: Ends the warning of a poor result.
+        in_float: Shares of work and of weights that stay in float, once it is known which do.
     """
 
     source: Source
@@ -141,6 +150,8 @@ class _QuantizationRun:
     saved: Mapping[str, Sketch] = field(default_factory=dict)
     set_ranges: Mapping[str, Range] = field(default_factory=dict)
     outputs: tuple[OutputFact, ...] = ()
+    advice: str = ""
+    in_float: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def of(
@@ -288,6 +299,7 @@ class _QuantizationRun:
     def emit(self, solution: QuantizationSolution) -> list[TensorRow]:
         """Make the quantized network of the folded one. Returns the rows of its tensors in the report."""
         model, recipe, pictures, plan = self.model, self.recipe, self.pictures, solution.plan
+        self.in_float = measure_shares_in_float([node for node in model.nodes() if is_quantizable_layer(node)], plan)
         before = model.copy() if recipe.rounding == "reconstruct" else None
         with self.clock.step("emit"):
             rows = make_tensor_rows(plan, solution.params)
@@ -325,7 +337,7 @@ class _QuantizationRun:
             self._warn_of_chance(original)
         warn_of_vain_keep_float(plan, audited, self.reporter)
         warn_of_vain_pack(plan, self.recipe, self.reporter)
-        warn_of_result(checked, (self.prepared.size, staged.size), self.recipe.effort, self.reporter)
+        warn_of_result(checked, (self.prepared.size, staged.size), self.advice, self.reporter)
         return checked, audited
 
     def _warn_of_chance(self, original: Session) -> None:
@@ -381,6 +393,7 @@ class _QuantizationRun:
             outputs=self.outputs,
             runner_up=pictures.detected.runner_up,
             margin=pictures.detected.margin,
+            in_float=FloatShare(audited.float, audited.integer + audited.float, *self.in_float),
         )
 
 
@@ -412,7 +425,7 @@ def _verify_staged(
         return Verification(0, ())
     quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads, optimize=target.on_ort)
     whole = recipe.is_gated or pictures.labels is not None
-    batches = feed.iter_batches("verify") if whole else feed.iter_cached("verify")
+    batches = feed.iter_batches("verify") if whole else feed.iter_first("verify")
     found = verify(original, quantized, batches, feed.as_float, pictures.labelled_batches(feed))
     if pictures.data_free_statistics is not None:
         odd = (OutputScore(o.name, (), o.remark, o.kind) for o in found.outputs if o.remark)

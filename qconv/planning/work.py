@@ -15,9 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
 from qconv.ir.model import Node, dims
 from qconv.ir.rewriting import data_input
+
+if TYPE_CHECKING:
+    from qconv.planning.plan import Plan
 
 START_WORK = 10**10
 """What to start, and to load libraries, takes."""
@@ -60,6 +64,17 @@ def count_kernel(node: Node) -> int:
 def multiplications(layers: Iterable[Node]) -> int:
     """The multiplications of these layers for one image."""
     return sum(count_weights(node) * count_rows(node) for node in layers)
+
+
+def measure_shares_in_float(layers: Sequence[Node], plan: Plan) -> tuple[float, float]:
+    """The shares of these layers' multiplications that run in float, and of their weights that are stored so.
+
+    layers: all of a network that is folded, and not yet quantized.
+    """
+    stored = {layer.node for layer in plan.layers}
+    run = multiplications(node for node in layers if node not in plan.integer)
+    kept = sum(count_weights(node) for node in layers if node not in stored)
+    return run / max(1, multiplications(layers)), kept / max(1, sum(map(count_weights, layers)))
 
 
 def quantization_work(layers: Iterable[Node], images: int) -> int:

@@ -128,7 +128,7 @@ def _summary_lines(report: Report) -> list[tuple[str, str]]:
     lines += _execution_lines(report)
     lines += [("left alone", text) for text in _skipped_lines(report)]
     lines.append(("needs", f"{report.needs} (opset {report.opset}, IR {report.ir_version})"))
-    lines += [("gate", f"--{g.name} {g.want:g}: {'held' if g.held else '[red]fell short[/]'}") for g in report.gates]
+    lines += [("gate", gate.in_words if gate.held else f"[red]{gate.in_words}[/]") for gate in report.gates]
     memory = "" if report.peak_rss_mb is None else f", peak memory {report.peak_rss_mb:.0f} MB"
     lines.append(("took", f"{report.time['total']:.1f} s{memory}"))
     return lines

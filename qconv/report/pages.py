@@ -105,8 +105,7 @@ def make_quantize_page(
     page = _make_page(source.name, looked, scores, _audit_for_target(report.audit, report.recipe), report.warnings)
     labelled = () if report.verify.labelled is None else make_labels_tiles(report.verify.labelled)
     tiles = (make_size_tile(report.float_bytes, report.quantized_bytes), *labelled, make_accuracy_tile(scores))
-    fell = [gate for gate in report.gates if not gate.held]
-    missed = [f"The gate --{gate.name} {gate.want:g} fell short." for gate in fell]
+    missed = [gate.as_error for gate in report.gates if not gate.held]
     return replace(
         page,
         subtitle=f"quantized for {report.recipe['target']}, by a recipe of {describe_bits(recipe)}",

@@ -185,6 +185,8 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
         rows += [(output.name, *_score_cells(metrics, output.scores)) for output in found.outputs]
         rows += [(f"boxes of {head.name}", *_score_cells(metrics, head.scores)) for head in found.heads]
         lines += ["", format_columns(rows, "l" + "rl" * len(metrics))]
+    if found.gates:
+        lines += ["", *(wrap_text(f"gate {gate.in_words}") for gate in found.gates)]
     if verbose:
         lines += [
             "",
@@ -272,7 +274,7 @@ MOST_OF_A_HEAD, SPLIT_AT = 7, 5
 
 def format_diagnosis(found: Diagnosis, *, verbose: bool) -> str:
     """Format a diagnosis: causes, trials, and the command to type."""
-    lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen, found.trials)}"), ""]
+    lines = [wrap_text(f"{found.model}: {_describe_scoring(found)}"), ""]
     open_ones = [cause for cause in found.causes if not (cause.handled or cause.harmless)]
     handled = [cause for cause in found.causes if cause.handled]
     harmless = [cause for cause in found.causes if cause.harmless]
@@ -289,7 +291,7 @@ def format_diagnosis(found: Diagnosis, *, verbose: bool) -> str:
 
 def format_sweep(found: Sweep, *, verbose: bool) -> str:
     """Format a sweep: the recipes with what each costs; those that no other one dominates are marked."""
-    lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen, found.trials)}"), ""]
+    lines = [wrap_text(f"{found.model}: {_describe_scoring(found)}"), ""]
     marks = ["*" if best else "" for best in found.best]
     lines.append(format_trials(found.trials, found.float_ms, None, marks))
     lines += [
@@ -306,16 +308,19 @@ def _describe_written(written: Sequence[str]) -> str:
     return f"written: {written[0]}{more}"
 
 
-def _describe_scoring(pictures: int, unseen: bool, trials: Sequence[Trial]) -> str:
-    how = "none of them calibrated with" if unseen else "calibrated with, too"
+def _describe_scoring(found: Diagnosis | Sweep) -> str:
+    trials, on = found.trials, format_count(found.pictures, "picture")
+    if found.pictures < found.given:
+        on = f"{found.pictures} of {found.given} pictures (more of them, with outputs, do not fit into memory)"
+    how = "none of them calibrated with" if found.unseen else "calibrated with, too"
     ranking, labelled = find_ranking(trials), next((t.labelled for t in trials if t.labelled is not None), None)
     if ranking is None:
-        return f"scored on {format_count(pictures, 'picture')}, {how}"
+        return f"scored on {on}, {how}"
     before = None if labelled is None else labelled.float_scores[0].value
     own = "" if before is None else f", of which the float model has {ranking.format(before, 2)}"
     ties = ", and of equal ones by SQNR" if any(trial.sqnr_db is not None for trial in trials) else ""
     ranked = f"ranked by {describe_metric(ranking)}{own}{ties}"
-    return f"scored on {format_count(pictures, 'picture')}, {how}; {ranked}"
+    return f"scored on {on}, {how}; {ranked}"
 
 
 def describe_metric(metric: Metric) -> str:

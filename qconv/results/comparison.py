@@ -188,6 +188,7 @@ class Diagnosis:
 
     Attributes:
         pictures: Images that trials are measured on.
+        given: Images that were there for it, of which others did not fit into memory.
         unseen: Whether none of them was calibrated with.
         causes: What was found.
         trials: The recipe as it was asked for, then one remedy after the other.
@@ -195,6 +196,7 @@ class Diagnosis:
         recommended: The whole command line.
         conclusion: The result in one or two sentences.
         float_ms: Time of one run of the float model; None where nothing was timed.
+        float_bytes: Of the float model's files.
     """
 
     model: str
@@ -206,6 +208,8 @@ class Diagnosis:
     recommended: str
     conclusion: str
     float_ms: float | None = None
+    float_bytes: int = 0
+    given: int = 0
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -214,12 +218,16 @@ class Diagnosis:
             "schema": 1,
             "model": self.model,
             "pictures": self.pictures,
+            "pictures_given": self.given,
             "unseen": self.unseen,
             "float_ms": self.float_ms,
+            "float_size": self.float_bytes,
             "causes": [cause.as_dict() for cause in self.causes],
             "ranked_by": name_ranking(self.trials),
             "ladder": [trial.as_dict() for trial in self.trials],
             "best": self.best.name,
+            "best_size": self.best.size,
+            "best_in_float": None if self.best.in_float is None else self.best.in_float.as_dict(),
             "conclusion": self.conclusion,
             "recommended": self.recommended,
             "warnings": self.warnings,
@@ -228,7 +236,11 @@ class Diagnosis:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Several recipes measured on the same images. outputs: the files, in the order of the trials."""
+    """Several recipes measured on the same images.
+
+    outputs: the files, in the order of the trials. given: images that were there, of which others did not fit into
+    memory.
+    """
 
     model: str
     float_bytes: int
@@ -237,6 +249,7 @@ class Sweep:
     unseen: bool
     trials: tuple[Trial, ...]
     outputs: tuple[str, ...]
+    given: int = 0
 
     @property
     def best(self) -> tuple[bool, ...]:
@@ -251,6 +264,7 @@ class Sweep:
             "model": self.model,
             "float": {"size": self.float_bytes, "ms": self.float_ms},
             "pictures": self.pictures,
+            "pictures_given": self.given,
             "unseen": self.unseen,
             "ranked_by": name_ranking(self.trials),
             "recipes": [

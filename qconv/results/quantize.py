@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qconv.errors import Change, Finding, Skipped
+from qconv.results.float_share import FloatShare
+from qconv.results.gates import Gate
 from qconv.results.scores import (
     AGREEMENT,
     SQNR,
@@ -190,16 +192,6 @@ class Verification:
         if got is None:
             return metric.equal is None and self.equal
         return metric.lost(want, got) <= 0
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """A demand of the user's. got: None where the metric has no number: see `Verification.reaches`."""
-
-    name: str
-    want: float
-    got: float | None
-    held: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,6 +387,7 @@ class Report:
     outputs: tuple[OutputFact, ...] = ()
     runner_up: str | None = None
     margin: float | None = None
+    in_float: FloatShare | None = None
     model_bytes: bytes | None = field(default=None, repr=False)
 
     @property
@@ -435,7 +428,7 @@ class Report:
                 "labels": None if verify.labelled is None else verify.labelled.as_dict(),
             },
             "audit": self.audit.as_dict(),
-            "gates": [_as_row(g) for g in self.gates],
+            "gates": [g.as_dict() for g in self.gates],
             "mixed": None if self.mixed is None else self.mixed.as_dict(),
             "warnings": self.warnings,
             "time": {name: round(seconds, 3) for name, seconds in self.time.items()},

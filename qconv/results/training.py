@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import qconv
 from qconv.config.data_options import Preprocessing
-from qconv.results.quantize import Audit, Gate, Verification
+from qconv.results.gates import Gate
+from qconv.results.quantize import Audit, Verification
 from qconv.results.scores import as_values
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class FinetuneResult:
             "after": None if self.after is None else _validation_fields(self.after),
             "size": {"float": self.float_bytes, "quantized": self.bytes},
             "audit": self.audit.as_dict(),
-            "gates": [{"name": g.name, "want": g.want, "got": g.got, "held": g.held} for g in self.gates],
+            "gates": [g.as_dict() for g in self.gates],
             "history": self.rows,
             "warnings": self.warnings,
             "seconds": round(self.seconds, 3),

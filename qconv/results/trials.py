@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qconv.results.float_share import FloatShare
 from qconv.results.scores import (
     AGREEMENT,
     ALWAYS_TOLD,
@@ -53,6 +54,7 @@ class Trial:
         failed: Why there is no result; empty where there is one.
         ranked_by: What the task is judged by; None where that is SQNR alone.
         labelled: How right it is by labels; None without these.
+        in_float: How much of the network stays in float; None where it failed.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Trial:
     failed: str = ""
     ranked_by: Metric | None = None
     labelled: LabelledScores | None = None
+    in_float: FloatShare | None = None
 
     @property
     def sqnr_db(self) -> float | None:
@@ -154,6 +157,7 @@ class Trial:
             **self._score_fields(),
             "labels": None if self.labelled is None else self.labelled.as_dict(),
             "size": None if self.failed else self.size,
+            "in_float": None if self.in_float is None else self.in_float.as_dict(),
             "ms": self.ms,
             "ratio_to_float": None if self.ratio is None else list(self.ratio),
             "seconds": round(self.seconds, 3),

@@ -21,12 +21,16 @@ from onnxruntime import InferenceSession
 from PIL import Image
 
 from qconv.analysis import trials
+from qconv.analysis.diagnose import DiagnosisRequest, diagnose
 from qconv.analysis.remedies import join_changes, merge_changes
 from qconv.cli.main import cli
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
+from qconv.config.serialization import request_fields
 from qconv.data.dataset import find_files
+from qconv.ir.files import Source
 from qconv.pipeline import collect, quantize
+from qconv.reporter import Reporter
 from qconv.results.scores import AGREEMENT
 from qconv.results.trials import Trial, pareto_mask
 from tests.data.test_autodetect import colourful, fed, folder_of, trained_with
@@ -240,6 +244,10 @@ def test_a_gate_is_named_and_the_layers_beside_it_left_in_float(tmp_path: Path, 
     assert cause["where"] == ["s"]
     assert cause["output_share"] > 0.5
     assert "--keep-float c --keep-float d" in found["recommended"]
+    # of three layers the last, of 128 weights, is quantized; each multiplies them once a pixel
+    left = 1 - 8 * 16 / (16 * 3 * 9 + 16 * 16 * 9 + 8 * 16)
+    assert (found["best_in_float"]["work"], found["best_in_float"]["weights"]) == pytest.approx((left, left))
+    assert "That is most of the network, which is hardly quantized by this" in found["conclusion"]
     before = decibel(model, as_asked(model, tmp_path / "asked.onnx", *asked), unseen())
     after = decibel(model, by_command(found, tmp_path / "mended.onnx"), unseen())
     assert after > max(30, before + 10)
@@ -268,6 +276,10 @@ def test_of_a_sound_network_there_is_nothing_to_mend(tmp_path: Path, samples: Pa
     assert found["best"] == "as asked"
     assert found["recommended"] == f"qconv quantize {model} --calib {samples}"
     first = found["ladder"][0]
+    # all of its layers are quantized, and it is told beside the command how large the file is
+    assert (found["best_in_float"]["work"], found["best_in_float"]["weights"]) == (0, 0)
+    assert (found["best_size"], found["float_size"]) == (first["size"], model.stat().st_size)
+    assert "0% of the multiplications and 0% of the weights in float, and takes" in found["conclusion"]
     # but for how many pictures were asked for, which the file tells
     assert abs(first["size"] - by_command(found, tmp_path / "q.onnx").stat().st_size) <= len("128")
     assert first["ms"] > 0
@@ -541,6 +553,31 @@ def test_the_page_of_a_diagnosis_shows_masks_of_what_was_asked_for(tmp_path: Pat
     assert text.count('class="overlay"') == 2 * len(expected)
 
 
+def test_pictures_that_do_not_fit_are_told(tmp_path: Path, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the 8 that are held back 3 fill the memory that is kept for them: 768 bytes and their outputs of 2 kB each."""
+    monkeypatch.setattr(trials, "SCORED_BYTES", 2 * (3 * 8 * 8 + 8 * 8 * 8) * 4 + 1)
+    model, asked = saved(plain(), tmp_path), ("--calib", samples, "--effort", "fast")
+    found = diagnosed(model, *asked)
+    assert (found["pictures"], found["pictures_given"]) == (3, COUNT // 5)
+    text = " ".join(invoked("diagnose", model, *asked).stdout.split())
+    assert "scored on 3 of 8 pictures (more of them, with outputs, do not fit into memory)" in text
+    monkeypatch.undo()
+    found = diagnosed(model, *asked)
+    assert (found["pictures"], found["pictures_given"]) == (COUNT // 5, COUNT // 5)
+
+
+def test_scoring_shows_how_far_it_is(tmp_path: Path, samples: Path) -> None:
+    """Every trial is scored picture by picture, and the outputs are compared so, which may take most of the time."""
+    heard: list[tuple[str, int, int]] = []
+    asked = request_fields(Recipe(effort="fast"), DataOptions((str(samples),)))
+    source = Source("model.onnx", saved(plain(), tmp_path))
+    found = diagnose(DiagnosisRequest(source, asked), Reporter(on_progress=lambda *told: heard.append(told)))
+    pictures = found.diagnosis.pictures
+    trials = [trial for trial in found.diagnosis.trials if not trial.failed]
+    each = [(stage, done, pictures) for stage in ("score", "outputs") for done in range(1, pictures + 1)]
+    assert all(heard.count(told) == (len(trials) if told[0] == "score" else 1) for told in each)
+
+
 def test_more_effort_is_tried_where_only_more_bits_are_good(tmp_path: Path, samples: Path) -> None:
     asked = ("--calib", samples, "--weight-bits", "3", "--edge-bits", "3", "--effort", "fast")
     found = diagnosed(saved(plain(), tmp_path), *asked)
@@ -548,6 +585,23 @@ def test_more_effort_is_tried_where_only_more_bits_are_good(tmp_path: Path, samp
     assert rows["--weight-bits 8"] > 30
     assert "--effort balanced" in rows
     assert "--weight-bits 3" in found["recommended"]
+
+
+@pytest.mark.parametrize("command", ["quantize", "diagnose", "sweep"])
+def test_a_trial_is_not_sent_to_the_diagnosis(tmp_path: Path, samples: Path, command: str) -> None:
+    """Which it is a part of, or one of several results of."""
+    model, few = saved(plain(), tmp_path), ("--weight-bits", "2", "--edge-bits", "2", "--effort", "fast")
+    (tmp_path / "recipes.toml").write_text("[a]\n")
+    more: dict[str, tuple[Any, ...]] = {
+        "quantize": ("quantize", model, "-o", tmp_path / "q.onnx"),
+        "diagnose": ("diagnose", model),
+        "sweep": ("quantize", model, "--sweep", tmp_path / "recipes.toml"),
+    }
+    told = invoked(*more[command], "--calib", samples, *few).stderr
+    assert "Warning: " in told
+    assert "the result is far from the float model" in told or "little is left of the float model" in told
+    assert ("`qconv diagnose` with the same options tells why" in told) == (command == "quantize")
+    assert ("--effort balanced" in told) == (command == "quantize")
 
 
 def test_channels_of_8_bits_take_no_bits_from_others(tmp_path: Path, samples: Path) -> None:

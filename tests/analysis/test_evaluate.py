@@ -390,6 +390,7 @@ def test_folders_above_and_beside_the_working_folder(folder: Path, monkeypatch: 
         ("ant\n\nbee\n", "empty line 2"),
         ("ant\nant\n", "lists ant twice"),
         ("ant\nbee\n", "cat is not in"),
+        ("\n".join((*NAMES, "owl")), "list.txt lists 9 classes, but the model has 8"),
     ],
 )
 def test_a_list_that_is_none(folder: Path, tmp_path: Path, text: str, fact: str) -> None:

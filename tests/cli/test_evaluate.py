@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from qconv.data.label_files import SCHEMA
 from tests.support import labelled
@@ -76,6 +78,80 @@ def test_boxes_by_labels(call: Qconv, tmp_path: Path) -> None:
     assert_error(call(*words[:-1], tmp_path / "none.json"), "none.json does not exist")
     assert_error(call(*words, "--save-predictions", coco), "would be written over")
     assert_error(call(*words, "--label-map", tmp_path / "no.toml"), "no.toml cannot be read")
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_gates_of_a_detector(call: Qconv, tmp_path: Path, labels: bool) -> None:
+    """Each takes the number that is told; by labels mAP is the file's own, else that beside the float model's boxes."""
+    pytest.importorskip("faster_coco_eval", reason="needs the extra: pip install 'qconv[detect]'")
+    images, model, out = labelled.pictures(tmp_path / "imgs"), tmp_path / "m.onnx", tmp_path / "q.onnx"
+    labelled.save(labelled.detector(), model)
+    how = ("--preprocess", "unit", "--resize", "letterbox")
+    words = ("--weight-bits", "3", "--edge-bits", "3", "--effort", "fast", "-o", out)
+    assert call("quantize", model, "--calib", images, *how, *words).status == 0
+    plain = ("evaluate", out, "--images", images, *how, "--against", model)
+    if labels:
+        plain = (*plain, "--labels", labelled.write_coco(labelled.some_boxes(images), tmp_path / "coco.json"))
+    told = call(*plain, "--json").json
+    assert told["gates"] == []
+    (head,) = told["against"]["heads"]
+    got = {"min-map": told["map"] if labels else head["float_map"], "min-boxes": head["boxes"]}
+    got["min-sqnr"] = told["against"]["sqnr_db"]
+    for name, value in got.items():
+        for want, status in ((value - 1e-4, 0), (value + 1e-4, 3)):
+            done = call(*plain, f"--{name}", repr(want), "--json")
+            (gate,) = done.json["gates"]
+            assert (done.status, gate["held"], gate["got"]) == (status, status == 0, value)
+            assert ("fell short" in done.err) == (status == 3)
+            by_labels = labels and name == "min-map"
+            assert gate["float"] == (told["against"]["map"] if by_labels else None)
+        assert f"gate --{name} {want:g}: fell short" in " ".join(call(*plain, f"--{name}", want).out.decode().split())
+
+
+def test_gates_of_a_classifier(call: Qconv, tiny: Path, twenty: Path) -> None:
+    words = ("evaluate", tiny, "--images", twenty, "--preprocess", "unit")
+    top1 = call(*words, "--json").json["top1"]
+    for want, status in ((top1, 0), (top1 + 0.01, 3)):
+        done = call(*words, "--min-top1", want, "--json")
+        named = {"name": "min-top1", "want": want, "got": top1, "held": status == 0, "float": None, "float_held": None}
+        assert (done.status, done.json["gates"]) == (status, [named])
+    assert call(*words, "--against", tiny, "--min-agreement", "1", "--min-top1", top1).status == 0
+    assert call(*words, "--against", tiny, "--min-sqnr", "200").status == 0  # nothing differs
+
+
+def test_gates_of_a_segmenter(call: Qconv, tmp_path: Path) -> None:
+    images, model, masks = labelled.pictures(tmp_path / "imgs"), tmp_path / "m.onnx", tmp_path / "masks"
+    labelled.save(labelled.segmenter(), model)
+    masks.mkdir()
+    rng = np.random.default_rng(0)
+    for path in images.iterdir():
+        with Image.open(path) as shown:
+            ids = rng.integers(0, labelled.CLASSES, shown.size[::-1], dtype=np.uint8)
+        Image.fromarray(ids).save(masks / path.name)
+    words = ("evaluate", model, "--images", images, "--preprocess", "unit", "--resize", "exact", "--labels", masks)
+    miou = call(*words, "--json").json["miou"]
+    assert call(*words, "--min-miou", miou - 1e-4).status == 0
+    assert call(*words, "--min-miou", miou + 1e-4).status == 3
+    assert_error(call(*words, "--min-map", "0.5"), "--min-map needs outputs that are read as boxes")
+    assert_error(call(*words, "--min-top1", "0.5"), "--min-top1 needs class scores")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--min-boxes", "0.5"), "--min-boxes 0.5 without --against"),
+        (("--min-sqnr", "10"), "--against"),
+        (("--min-map", "0.5"), "pass labels, or the float model with --against"),
+        (("--min-top1", "2"), "use a share from 0 to 1"),
+        (("--min-sqnr", "nan", "--against", "x"), "use a number of db"),
+    ],
+)
+def test_gates_on_what_is_not_measured(
+    call: Qconv, tiny: Path, twenty: Path, words: tuple[str, ...], told: str
+) -> None:
+    done = call("evaluate", tiny, "--images", twenty, "--preprocess", "unit", *words)
+    assert done.status == 2
+    assert told in " ".join(done.err.lower().split())
 
 
 def test_what_needs_labels_of_boxes_or_a_letterbox(call: Qconv, tiny: Path, twenty: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 
 import qconv
+from qconv.cli import command
 from tests.support.cli import CIFAR, PHOTOS, QUICK, Qconv, assert_error, finish, listing, net, really, start
 from tests.support.models import network
 
@@ -37,6 +40,23 @@ KEYS = """schema version output float recipe preprocessing size opset ir_version
           warnings time peak_rss_mb changes skipped tensors"""
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_the_time_is_that_of_the_page_too(
+    call: Qconv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paged: bool
+) -> None:
+    """By a clock on which the page takes 1000 seconds; it may be most of the command."""
+    pytest.importorskip("plotly")
+    clock = SimpleNamespace(perf_counter=itertools.count(0, 1000).__next__)
+    monkeypatch.setattr(command, "time", clock)
+    words = ("quantize", CIFAR, "--calib", PHOTOS, *QUICK, "--effort", "fast", "-o", tmp_path / "out.onnx")
+    page = ("--report", tmp_path / "page.html") if paged else ()
+    told = call(*words, *page, "--json").json["time"]
+    assert told.get("page") == (1000 if paged else None)
+    assert (told["total"] > 1000) == paged
+    seen = float(re.findall(r"took +([\d.]+) s", call(*words, *page).out.decode())[0])
+    assert (seen > 1000) == paged
+
+
 def test_json_is_one_object_with_the_keys_of_the_contract(call: Qconv, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     done = call("quantize", CIFAR, "--calib", PHOTOS, *QUICK, "--json", "-o", out, "--min-sqnr", "1")
@@ -50,7 +70,7 @@ def test_json_is_one_object_with_the_keys_of_the_contract(call: Qconv, tmp_path:
     assert set(found["verify"]) == {"images", "held_back", "sqnr_db", "agreement", "outputs", "heads", "labels"}
     assert [set(o) for o in found["verify"]["outputs"]] == [{"name", "kind", "sqnr_db", "agreement", "parts"}]
     assert set(found["audit"]) == {"integer", "float", "islands", "placed", "us", "saturating", "slow"}
-    assert [set(gate) for gate in found["gates"]] == [{"name", "want", "got", "held"}]
+    assert [set(gate) for gate in found["gates"]] == [{"name", "want", "got", "held", "float", "float_held"}]
     assert {"load", "fold", "calibrate", "verify", "total"} <= set(found["time"])
     rows = {"changes": "step where what", "skipped": "step where why"}
     rows["tensors"] = "name kind bits symmetric granularity scale zero_point why"

@@ -107,8 +107,14 @@ def test_a_gate_on_map_is_by_labels(call: Qconv, tmp_path: Path, images: Path, d
     done = call(*words, "--labels", coco)
     (gate,) = done.json["gates"]
     assert done.status == 3
-    assert gate == {"name": "min-map", "want": 0.9, "got": done.json["verify"]["labels"]["map"], "held": False}
+    told = done.json["verify"]["labels"]
+    named = {"name": "min-map", "want": 0.9, "got": told["map"], "held": False}
+    assert gate == {**named, "float": told["float"]["map"], "float_held": False}
     assert 0.05 < gate["got"] < 0.9 < beside["got"]
+    assert (beside["float"], beside["float_held"]) == (None, None)
+    excuse = f"the float model itself has {gate['float']:.4g}, so that no quantized file can be expected to reach it"
+    assert f"got {gate['got']:.4g}; {excuse}" in done.err
+    assert excuse in " ".join(call(*words[:-1], "--labels", coco).out.decode().split())
 
 
 @needs_library
@@ -208,7 +214,33 @@ def test_pictures_that_are_checked_need_labels(call: Qconv, tmp_path: Path, segm
     assert {found.json["verify"]["labels"]["pictures"] for found in done if not found.status} == {1}
     told = next(found.err for found in done if found.status)
     assert "none of the 8 pictures that results are checked on has labels" in told
+    assert "`qconv evaluate --images DIR" in " ".join(told.split())
     assert "Traceback" not in told
+
+
+@needs_library
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_labels_of_other_pictures_are_told_where_to_go(
+    call: Qconv, tmp_path: Path, images: Path, detector: Path, form: str
+) -> None:
+    """`diagnose` and `evaluate` take pictures to measure on, `quantize` has none but those of the calibration."""
+    boxes = {f"other{stem}": found for stem, found in labelled.some_boxes(images).items()}
+    labels = labelled.write_coco(boxes, tmp_path / "other.json")
+    if form == "folder":
+        labels = labelled.write_voc(boxes, tmp_path / "other")
+    sweep, out = tmp_path / "sweep.toml", ("-o", tmp_path / "q.onnx")
+    sweep.write_text("[a]\n")
+    calib = ("--calib", images, *BOXED)
+    for words, way in (
+        (("quantize", detector, *calib, *out), "qconv evaluate --images"),
+        (("quantize", detector, *calib, "--sweep", sweep), "qconv evaluate --images"),
+        (("diagnose", detector, *calib), "with --images"),
+        (("diagnose", detector, *calib, "--images", images), "with --images"),
+        (("evaluate", detector, "--images", images, *BOXED[:4]), "with --images"),
+    ):
+        done = call(*words, "--labels", labels)
+        assert_error(done, "labels of none of the pictures" if form == "file" else "no labels of these pictures")
+        assert way in " ".join(done.err.split())
 
 
 def test_usage(call: Qconv, tiny: Path, calib: Path) -> None:

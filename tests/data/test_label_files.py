@@ -44,28 +44,28 @@ def files(folder: Path, *names: str) -> Path:
 )
 def test_a_folder_tells_by_files_called_like_pictures(tmp_path: Path, names: tuple[str, ...], form: LabelForm) -> None:
     pictures = pictures_in(tmp_path / "imgs", "a.jpg", "b.jpg")
-    assert find_label_form(files(tmp_path / "labels", *names), pictures) is form
+    assert find_label_form(files(tmp_path / "labels", *names), pictures, "Look elsewhere.") is form
 
 
 def test_pictures_beside_their_labels_are_no_masks(tmp_path: Path) -> None:
     pictures = pictures_in(tmp_path, "a.png", "b.png")
-    assert find_label_form(files(tmp_path, "a.xml"), pictures) is LabelForm.VOC
+    assert find_label_form(files(tmp_path, "a.xml"), pictures, "Look elsewhere.") is LabelForm.VOC
 
 
 @pytest.mark.parametrize(("name", "form"), [("a.json", LabelForm.COCO), ("a.yaml", LabelForm.YOLO)])
 def test_a_file_tells_by_its_suffix(tmp_path: Path, name: str, form: LabelForm) -> None:
     (tmp_path / name).write_text("")
-    assert find_label_form(tmp_path / name, pictures_in(tmp_path, "x.jpg")) is form
+    assert find_label_form(tmp_path / name, pictures_in(tmp_path, "x.jpg"), "Look elsewhere.") is form
 
 
 def test_what_is_no_labels(tmp_path: Path) -> None:
     pictures = pictures_in(tmp_path / "imgs", "a.jpg")
     with pytest.raises(QconvError, match=r"holds no labels of these pictures: 2 files .txt") as caught:
-        find_label_form(files(tmp_path / "labels", "x.txt", "y.txt"), pictures)
-    assert "--schema" in caught.value.hint
+        find_label_form(files(tmp_path / "labels", "x.txt", "y.txt"), pictures, "Look elsewhere.")
+    assert caught.value.hint.startswith("Look elsewhere. `qconv evaluate --schema`")
     (tmp_path / "labels.csv").write_text("")
     with pytest.raises(QconvError, match=r"labels.csv is no file of labels"):
-        find_label_form(tmp_path / "labels.csv", pictures)
+        find_label_form(tmp_path / "labels.csv", pictures, "Look elsewhere.")
     with pytest.raises(QconvError, match="does not exist"):
         LabelRequest(tmp_path / "nothing")
 

@@ -82,9 +82,9 @@ def test_class_folders_are_labels_where_they_are_asked_for(tmp_path: Path) -> No
     for number in range(4):
         picture(tmp_path / f"c{number % 2}" / f"{number}.png", number)
     names = tmp_path / "names.txt"
-    names.write_text("c1\nother\nc0\n")
+    names.write_text("c1\nother\nc0\nlast\n")
     paths = sorted(tmp_path.rglob("*.png"))
-    opened = open_data_labels(DataOptions((str(tmp_path),), classes=names), paths, print)
+    opened = open_data_labels(DataOptions((str(tmp_path),), classes=names), paths, print, "")
     measure = opened.fit(NETWORK, {}, None, print).start()
     assert isinstance(measure, ClassMeasure)
     assert [measure.labels[path] for path in paths] == [2, 2, 0, 0]
@@ -128,4 +128,5 @@ def test_gates_by_labels() -> None:
     assert [gate.held for gate in check_gates(verification(), Asked)] == [True]
     for after in (0.34, None):
         (gate,) = check_gates(verification(MAP, 0.35, after), Asked)
-        assert (gate.got, gate.held) == (after, False)
+        assert (gate.got, gate.held, gate.of_float) == (after, False, 0.35)
+    assert check_gates(verification(), Asked)[0].of_float is None  # beside itself it has all

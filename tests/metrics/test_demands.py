@@ -9,7 +9,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from qconv.config.choices import DROP_MEASURES, GATE_OPTIONS, Drop
+from qconv.config.choices import DROP_MEASURES, EVALUATE_GATES, Drop
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.tasks import Tasks
@@ -123,7 +123,7 @@ def test_by_labels_a_model_that_shows_nothing_has_a_precision(tmp_path: Path) ->
 
 
 def test_each_option_has_its_measure() -> None:
-    assert set(GATES) == set(GATE_OPTIONS)
+    assert set(GATES) == set(EVALUATE_GATES)
     assert set(DROPS) == set(DROP_MEASURES)
     asked = Recipe(min_boxes=0.9, min_miou=0.8, max_drop=Drop("boxes", 0.01))
     assert demanded_measures(asked) == {"--min-boxes": BOXES, "--min-miou": FLOAT_MIOU, "--max-drop boxes": BOXES}

@@ -16,11 +16,17 @@ from PIL import Image
 from qconv.analysis.evaluate import evaluate
 from qconv.analysis.evaluation import Evaluation, EvaluationOptions
 from qconv.config.data_options import DataOptions, PreprocessingOptions
+from qconv.data.label_files import ModelClasses
+from qconv.decoding.head import NetworkFacts
+from qconv.decoding.suppressed import match as match_suppressed
 from qconv.errors import QconvError
 from qconv.ir.files import Source
+from qconv.metrics.labelled import find_model_classes
+from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.report.text import format_evaluation
 from qconv.reporter import Reporter
 from qconv.results.scores import MAP, MAP50, value_of
+from qconv.runtime.outputs import ModelOutput
 from tests.support import labelled
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -195,6 +201,26 @@ def test_a_class_beyond_the_models(tmp_path: Path, images: Path) -> None:
     (yolo / "000.txt").write_text("4 0.5 0.5 0.1 0.1\n")
     with pytest.raises(QconvError, match="has boxes of 4, class 4, but the model has 4"):
         measured(source, images, yolo)
+
+
+def test_a_class_apart_from_the_score_is_not_one_of_one() -> None:
+    """MMDeploy gives boxes with one score each, and numbers of classes beside them; a head of YOLOX a score a class."""
+    rows = np.array([[[10.0, 10, 20, 20, 0.9]]], np.float32)
+    found = match_suppressed(NetworkFacts({"dets": rows, "labels": np.array([[7]])}, (32, 32)))
+    outputs = ModelOutput("dets", True, rows.shape), ModelOutput("labels", False, (1, 1))
+    assert found is not None
+    assert find_model_classes(NetworkOutputs(outputs, found), found) == ModelClasses({})
+
+
+@needs_library
+@pytest.mark.parametrize("names", [3, 5])
+def test_a_list_of_names_has_one_for_each_class(tmp_path: Path, images: Path, names: int) -> None:
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    voc, listed = labelled.write_voc(labelled.some_boxes(images), tmp_path / "voc"), tmp_path / "names.txt"
+    listed.write_text("".join(f"{name}\n" for name in (*labelled.NAMES, "more")[:names]))
+    with pytest.raises(QconvError, match=f"names.txt lists {names} classes, but the model has 4") as caught:
+        measured(source, images, voc, classes=listed)
+    assert "every class of the model" in caught.value.hint
 
 
 def test_samples_have_no_labels(tmp_path: Path, images: Path) -> None:

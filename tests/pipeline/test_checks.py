@@ -11,7 +11,7 @@ import pytest
 from qconv import Recipe
 from qconv.auditing.audit import PlannedReasons, audit
 from qconv.config.data_options import DataOptions
-from qconv.pipeline.checks import find_tensors_of_pictures, warn_of_result
+from qconv.pipeline.checks import advise, find_tensors_of_pictures, warn_of_result
 from qconv.pipeline.quantize import quantize
 from qconv.reporter import Reporter
 from qconv.results.quantize import OutputScore, Verification
@@ -81,6 +81,6 @@ def test_five_points_of_what_a_task_is_judged_by_are_worth_a_warning(metric: Met
     for value, warned in ((kept, False), (lost, True)):
         heard = Reporter()
         checked = Verification(8, (OutputScore("y", (Score(SQNR, 40.0), Score(metric, value))),))
-        warn_of_result(checked, (2, 1), "balanced", heard)
+        warn_of_result(checked, (2, 1), advise("balanced"), heard)
         assert len(heard.warnings) == warned
         assert all(metric.label in text and "`qconv diagnose`" in text for text in heard.warnings)

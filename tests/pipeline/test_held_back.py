@@ -12,6 +12,7 @@ import pytest
 from qconv import Recipe
 from qconv.config.choices import Drop
 from qconv.config.data_options import DataOptions
+from qconv.data import loader
 from qconv.data.dataset import list_samples
 from qconv.data.loader import DataLoader
 from qconv.pipeline.quantize import quantize
@@ -97,6 +98,24 @@ def test_the_score_is_that_of_the_pictures_held_back(source: Path, tmp_path: Pat
     stream = io.StringIO()
     show_report(report, stream, verbose=False)
     assert "(8 pictures held back from calibration)" in stream.getvalue()
+
+
+@pytest.mark.parametrize("kept", [2**20, 3 * 6 * 6 * 4 * 3])
+def test_large_pictures_are_read_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """Where three of them stay in memory, the check is on all 20 the same; of 40 held back on the first 32."""
+    data = write(tmp_path / "pictures", 320)
+    few = DataOptions(data.paths, samples=20)
+    monkeypatch.setattr(loader, "KEPT_BYTES", kept)
+    for asked, count in ((few, 20), (DataOptions(data.paths, samples=320), 32)):
+        report, result = quantize(source, None, Recipe(threads=1, effort="fast"), asked)
+        assert result is not None
+        assert report.verify.images == count
+        paths = list_samples(asked).paths
+        pictures = np.stack([np.load(path) for path in paths[-40 if count == 32 else -20 :][:count]])
+        want, got = (Session(p, threads=1).run_all({"x": pictures})[0] for p in (NET.SerializeToString(), result))
+        assert report.verify.sqnr_db == pytest.approx(sqnr(want, got), abs=0.01)
 
 
 def test_nothing_is_held_back_of_statistics_or_few_pictures(source: Path, tmp_path: Path) -> None:

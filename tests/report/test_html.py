@@ -446,7 +446,8 @@ def test_a_gate_that_fell_short_comes_first(tmp_path: Path) -> None:
     assert done.return_value == 3
     verdict = re.search(r'class="verdict">(.*?)</p>', page.read_text("utf-8"))
     assert verdict is not None
-    assert verdict[1].startswith("The gate --min-sqnr 99 fell short. It takes ")
+    assert verdict[1].startswith("Gate fell short: --min-sqnr 99, got ")
+    assert ". It takes " in verdict[1]
 
 
 def test_the_page_changes_nothing_else(tmp_path: Path, cifar: Path) -> None:
