@@ -164,7 +164,7 @@ class CalibrationData:
             feeds = loader.as_float(batch)
             self.network = describe_outputs(session, feeds, found := session.run_all(feeds))
             if self.data.decode is not None and self.network.head is not None:
-                self.network.head.read(self.network.by_name(found), LEAST_SCORE)
+                self.network.head.read(self.network.by_name(found), LEAST_SCORE, reference=True)
         return self.network
 
     def iter_float_outputs(self, source: Source, threads: int | None) -> Iterator[list[Any]]:
