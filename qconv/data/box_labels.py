@@ -87,6 +87,7 @@ class WrittenLabels:
         numbered: Whether an id is the number of the model's class.
         picture_ids: What the labels call a picture, where that is no file name.
         strangers: Labelled pictures that are not among those given.
+        remarks: Sentences on what is left out.
     """
 
     pictures: Mapping[Path, WrittenBoxes]
@@ -95,6 +96,7 @@ class WrittenLabels:
     numbered: bool = False
     picture_ids: Mapping[Path, int | str] = field(default_factory=dict)
     strangers: int = 0
+    remarks: tuple[str, ...] = ()
 
     @property
     def keys(self) -> LabelKeys:

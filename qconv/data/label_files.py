@@ -154,6 +154,7 @@ Labels of boxes (detectors), by what --labels names:
 FILE.json       COCO. "images": [{"id", "file_name", "width", "height"}], "annotations": [{"image_id", "category_id",
                 "bbox": [left, top, width, height] in pixels, "iscrowd"}], "categories": [{"id", "name"}]. Pictures
                 are found by file_name, or by its last part. A crowd (iscrowd 1) may be found any number of times.
+                Annotations of pictures and categories that are not listed are left out, and told of.
 FILE.yaml       YOLO's data.yaml: "names", a list or {number: name}. The text files lie where Ultralytics looks for
                 them (labels/ in place of the last images/ in a picture's path), or beside the pictures, or in a
                 folder NAME_labels beside the pictures' folder NAME. Needs the extra qconv[detect].

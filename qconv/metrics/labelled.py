@@ -217,7 +217,7 @@ def open_labels(request: LabelRequest, data: DataOptions, paths: Sequence[Path],
         request: What the user says of labels.
         data: Of which pictures these are.
         paths: The pictures.
-        warn: Hears of labels of other pictures, and of boxes outside.
+        warn: Hears of labels that are left out, and of boxes outside.
 
     Raises:
         QconvError: Labels cannot be read, are of none of these pictures, or need what is not installed.
@@ -248,9 +248,8 @@ def open_labels(request: LabelRequest, data: DataOptions, paths: Sequence[Path],
         fact = f"{request.path} has labels of none of the pictures, as {paths[0].name}"
         raise QconvError(f"{fact}, but of {written.strangers} others.", "pass the pictures that they are of.")
     _tell_of_strangers(written.strangers if all_used else 0, warn)
-    outside = describe_boxes_outside(written, sizes)
-    if outside:
-        warn(outside)
+    for text in filter(None, (*written.remarks, describe_boxes_outside(written, sizes))):
+        warn(text)
     return OpenedLabels(request, form, pictures, sizes, written)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,17 @@ def measured(
     return evaluate(source, EvaluationOptions(data, labels=labels, threads=1, **more), reporter)
 
 
-def by_pycocotools(truth: Path, results: bytes) -> tuple[float, float]:
+def by_pycocotools(truth: Path, results: bytes, pictures: Collection[int] | None = None) -> tuple[float, float]:
+    """mAP and mAP50. pictures: those that count; None for all."""
     pytest.importorskip("pycocotools", reason="needs pycocotools, of the extra qconv[test]")
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
         expected = COCO(str(truth))
-        judge = COCOeval(expected, expected.loadRes(json.loads(results)), "bbox")
+        found = [entry for entry in json.loads(results) if pictures is None or entry["image_id"] in pictures]
+        judge = COCOeval(expected, expected.loadRes(found), "bbox")
+        judge.params.imgIds = sorted(pictures or expected.getImgIds())
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
@@ -81,6 +85,40 @@ def test_every_form_measures_alike_and_as_pycocotools(tmp_path: Path, images: Pa
         other = measured(source, images, labels, **more)
         got = value_of(other.labelled, MAP), value_of(other.labelled, MAP50)
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
+
+
+@needs_library
+def test_parts_of_a_set_measure_as_pycocotools(tmp_path: Path, images: Path) -> None:
+    """A picture is left out of the list, another one of the folder, and a category of theirs: all keep their boxes."""
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    coco = labelled.write_coco(labelled.some_boxes(images), tmp_path / "coco.json")
+    whole = [score.value for score in measured(source, images, coco).labelled]
+    content = json.loads(coco.read_text())
+    (left,) = (entry for entry in content["images"] if entry["file_name"] == "004.png")
+    content["images"].remove(left)
+    content["categories"] = content["categories"][1:]
+    coco.write_text(json.dumps(content))
+    missed = [entry for entry in content["annotations"] if entry["image_id"] == left["id"]]
+    odd = [x for x in content["annotations"] if x not in missed and x["category_id"] == labelled.CATEGORY_IDS[0]]
+    assert missed
+    assert odd
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(labelled.NAMES))
+    (images / "002.png").unlink()
+    there = {entry["id"] for entry in content["images"] if entry["file_name"] != "002.png"}
+    warnings: list[str] = []
+    found = measured(source, images, coco, table=".json", warnings=warnings, classes=names)
+    assert found.predictions is not None
+    values = value_of(found.labelled, MAP), value_of(found.labelled, MAP50)
+    wanted = by_pycocotools(coco, found.predictions.as_table(".json"), there)
+    np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-15)
+    assert values[0] not in (0, whole[0])
+    assert warnings == [
+        "labels of 1 picture are not used: no picture is called so.",
+        f"{len(missed)} annotations in {coco} of pictures that it does not list are left out: {left['id']}.",
+        f"{len(odd)} annotations in {coco} of categories that it does not list are left out: 3.",
+        "1 picture of 5 have no labels, and do not count.",
+    ]
 
 
 @needs_library
