@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qconv.data.box_labels import WrittenBoxes, WrittenLabels
+from qconv.data.box_labels import WrittenBoxes, WrittenLabels, take_stated_size
 from qconv.data.label_files import SCHEMA_HINT, LabelledPictures
 from qconv.errors import QconvError, format_count, format_some
 
@@ -26,7 +26,8 @@ def read_coco_labels(file: Path, pictures: LabelledPictures) -> WrittenLabels:
     categories = {_id_of(file, entry, "categories"): str(entry.get("name", "")) for entry in content["categories"]}
     listed = {_id_of(file, entry, "images"): entry for entry in content["images"]}
     found = _find_pictures(file, listed, pictures)
-    labels = {path: WrittenBoxes() for path in found.values()}
+    stated = {path: take_stated_size(listed[n].get("width"), listed[n].get("height")) for n, path in found.items()}
+    labels = {path: WrittenBoxes(size=size) for path, size in stated.items()}
     kept, remarks = _select_listed(file, content["annotations"], listed, categories)
     for entry, box in _iter_boxes(file, kept):
         if entry["image_id"] in found:
