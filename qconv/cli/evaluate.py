@@ -25,6 +25,7 @@ from qconv.cli.options import (
     decode_option,
     preprocessing_options,
 )
+from qconv.cli.recipe_options import raise_usage_errors
 from qconv.config.choices import check_run_options
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.reporter import Reporter
@@ -169,8 +170,9 @@ def evaluate(**options: Any) -> int:
     """How often MODEL is right on labelled pictures, and how near it is to another model, with 95 % intervals."""
     given = make_arguments(EvaluateArguments, options)
     given.check()
-    check_run_options(given.threads)
-    data = given.data
+    with raise_usage_errors():
+        check_run_options(given.threads)
+        data = given.data
     files = CommandFiles(
         (given.model,),
         (given.against, given.classes, given.labels, given.label_map, *given.images),
