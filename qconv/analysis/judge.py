@@ -122,7 +122,8 @@ class Judge:
             if self.vector is not None and model is not None:
                 _require_finite(found[self.vector], model.session, self.vector)
                 recorder.add(found[self.vector])
-        own, other = self.network.hear(mine), self.network.hear(its)
+        own = self.network.hear(mine, reference=self.other is None)
+        other = self.network.hear(its, reference=True)
         for measure, heard in zip(self.measures, (own, other), strict=False):
             measure.add(path, heard)
         if self.compared is not None:

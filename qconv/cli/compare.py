@@ -25,6 +25,7 @@ from qconv.cli.options import (
     preprocessing_options,
     report_option,
 )
+from qconv.cli.recipe_options import raise_usage_errors
 from qconv.config.choices import check_run_options
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.reporter import Reporter
@@ -87,17 +88,18 @@ def compare(**options: Any) -> int:
     if "-" in models:
         raise click.UsageError("models are read several times: name their files.")
     require_names({"FLOAT": given.float_model, "QUANT": given.model, "--images": given.images})
-    check_run_options(given.threads)
-    data = DataOptions(
-        given.images,
-        given.samples,
-        given.batch,
-        given.seed,
-        given.pattern,
-        given.preprocessing,
-        given.task,
-        given.decode,
-    )
+    with raise_usage_errors():
+        check_run_options(given.threads)
+        data = DataOptions(
+            given.images,
+            given.samples,
+            given.batch,
+            given.seed,
+            given.pattern,
+            given.preprocessing,
+            given.task,
+            given.decode,
+        )
 
     def work(reporter: Reporter) -> CommandResult:
         from qconv.analysis.compare import compare_on_images

@@ -180,7 +180,7 @@ def evaluate(**options: Any) -> int:
     given.check()
     with raise_usage_errors():
         check_run_options(given.threads, given)
-    data = given.data
+        data = given.data
     files = CommandFiles(
         (given.model,),
         (given.against, given.classes, given.labels, given.label_map, *given.images),

@@ -190,18 +190,21 @@ preprocessing_options = combine_options(
         "--resize", type=ResizeType(), default="auto", show_default=True, help="See `qconv manual preprocessing`."
     ),
     click.option(
-        "--filter", "filter_", type=_choice(ResizeFilter), default="bilinear", show_default=True, help="For resizing."
+        "--filter",
+        "filter_",
+        type=_choice(ResizeFilter),
+        help="For resizing.  [default: bilinear, or as the file tells]",
     ),
     click.option(
         "--letterbox-align",
         type=_choice(LetterboxAlign),
-        help="Where the picture lies, for --resize letterbox.  [default: center]",
+        help="Where the picture lies in a letterbox.  [default: center, or as the file tells]",
     ),
     click.option(
         "--letterbox-fill",
         type=click.IntRange(0, 255),
         metavar="0..255",
-        help=f"Grey level beside it, for --resize letterbox.  [default: {LETTERBOX_GREY}]",
+        help=f"Grey level beside it.  [default: {LETTERBOX_GREY}, or as the file tells]",
     ),
     click.option("--size", type=SizeType(), help="Where the model leaves height and width open."),
     click.option(

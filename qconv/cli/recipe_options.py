@@ -66,8 +66,6 @@ def collect_fields(options: dict[str, Any], typed: Collection[str] | None = None
     if block_size is not None and granularity != WeightGranularity.PER_BLOCK:
         raise click.UsageError(f"--block-size is for --weight-granularity per-block, not {granularity}.")
     bits = options["layer_bits"]
-    with raise_usage_errors():
-        preprocessing = make_preprocessing_options(options)
     return {
         "layer_bits": read_layer_bits(Path(bits)) if isinstance(bits, str) else bits or (),
         "block_size": block_size or BLOCK_SIZE,
@@ -75,7 +73,7 @@ def collect_fields(options: dict[str, Any], typed: Collection[str] | None = None
         "weight_scheme": options["weight_scheme"],
         "activation_scheme": options["activation_scheme"],
         "weight_granularity": WeightGranularity(options["weight_granularity"]),
-        "preprocessing": preprocessing,
+        "preprocessing": make_preprocessing_options(options),
         **{name: options[name] for name in SAME_NAMED_FIELDS},
         **{name: options[name] or "" for name in ("calibrator", "bias_correction")},  # what follows from the others
     }
@@ -114,19 +112,20 @@ def make_preprocessing_options(options: dict[str, Any]) -> PreprocessingOptions:
     scale = options["scale"]
     if scale is not None and len(scale) != 1:
         raise click.UsageError("--scale takes one number.")
-    return PreprocessingOptions(
-        preset=options["preprocess"],
-        scale=None if scale is None else scale[0],
-        mean=options["mean"],
-        std=options["std"],
-        color=None if options["color"] is None else Color(options["color"]),
-        layout=None if options["layout"] is None else Layout(options["layout"]),
-        resize=options["resize"],
-        filter=ResizeFilter(options["filter_"]),
-        size=options["size"],
-        letterbox_align=None if options["letterbox_align"] is None else LetterboxAlign(options["letterbox_align"]),
-        letterbox_fill=options["letterbox_fill"],
-    )
+    with raise_usage_errors():
+        return PreprocessingOptions(
+            preset=options["preprocess"],
+            scale=None if scale is None else scale[0],
+            mean=options["mean"],
+            std=options["std"],
+            color=None if options["color"] is None else Color(options["color"]),
+            layout=None if options["layout"] is None else Layout(options["layout"]),
+            resize=options["resize"],
+            filter=None if options["filter_"] is None else ResizeFilter(options["filter_"]),
+            size=options["size"],
+            letterbox_align=None if options["letterbox_align"] is None else LetterboxAlign(options["letterbox_align"]),
+            letterbox_fill=options["letterbox_fill"],
+        )
 
 
 PREPROCESSING_OPTIONS = (

@@ -100,10 +100,13 @@ class PreprocessingOptions:
     """What the user said about the pictures; None where the preset or the model decides.
 
     preset: a name in PRESETS, or "auto" (as None) to find out which fits the model.
-    resize: "auto", "exact", "letterbox" or the shorter side in pixels, then the centre is cropped.
+    resize: "exact", "letterbox" or the shorter side in pixels, then the centre is cropped; "auto" as the model tells,
+        or else as its outputs ask for.
+    filter: None for bilinear, where the model tells no other.
     size: (height, width) where the model leaves them open.
     letterbox_align, letterbox_fill: where a letterboxed picture lies, and the grey beside it, 0 to 255; None for the
-        centre and for LETTERBOX_GREY. Other ways of resizing have neither.
+        centre and for LETTERBOX_GREY, where the model tells no others. Other ways of resizing have neither, see
+        `require_letterbox`.
     """
 
     preset: str | None = AUTO
@@ -113,7 +116,7 @@ class PreprocessingOptions:
     color: Color | None = None
     layout: Layout | None = None
     resize: str | int = "auto"
-    filter: ResizeFilter = ResizeFilter.BILINEAR
+    filter: ResizeFilter | None = None
     size: tuple[int, int] | None = None
     letterbox_align: LetterboxAlign | None = None
     letterbox_fill: int | None = None
@@ -142,7 +145,7 @@ class PreprocessingOptions:
             require(self.resize in RESIZE_MODES, f"--resize {self.resize}", fix)
         require_range("--letterbox-fill", self.letterbox_fill, 0, 255)
         for name in LETTERBOX_OPTIONS:
-            idle = self.resize != LETTERBOX and getattr(self, name) is not None
+            idle = self.resize not in (AUTO, LETTERBOX) and getattr(self, name) is not None
             require(not idle, f"{option_name(name)} with --resize {self.resize}", "pass --resize letterbox with it.")
 
     @property
@@ -160,6 +163,32 @@ LETTERBOX_OPTIONS = ("letterbox_align", "letterbox_fill")
 """What is said of a letterbox alone."""
 
 NO_LETTERBOX: dict[str, Any] = dict.fromkeys(LETTERBOX_OPTIONS)
+
+
+def merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> PreprocessingOptions:
+    """The user's options win over what is told; another preset also replaces the numbers of the old one.
+
+    What is said of a letterbox is dropped where pictures are resized otherwise: `require_letterbox` refuses that.
+    """
+    changed = said.given
+    if "preset" in changed:
+        told = replace(told, preset=None, scale=None, mean=None, std=None, color=None)
+    if "resize" in changed and said.resize != told.resize:
+        told = replace(told, resize=said.resize, **NO_LETTERBOX)
+    if told.resize not in (AUTO, LETTERBOX):
+        changed |= NO_LETTERBOX
+    return replace(told, **changed)
+
+
+def require_letterbox(said: PreprocessingOptions, resize: str | int, why: str) -> None:
+    """Raise QconvError where the user speaks of a letterbox, and pictures are not letterboxed.
+
+    resize: how they are resized in the end. why: what says so, in words.
+    """
+    idle = " and ".join(option_name(name) for name in LETTERBOX_OPTIONS if getattr(said, name) is not None)
+    if idle and resize != LETTERBOX:
+        fact = f"{idle} is not possible: pictures are not letterboxed but resized by --resize {resize}, {why}."
+        raise QconvError(fact, "pass --resize letterbox with it, or leave it out.")
 
 
 @dataclass(frozen=True, slots=True)

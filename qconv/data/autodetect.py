@@ -24,7 +24,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.data_options import AUTO, LETTERBOX_OPTIONS, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import (
+    AUTO,
+    LETTERBOX_OPTIONS,
+    Preprocessing,
+    PreprocessingOptions,
+    require_letterbox,
+)
 from qconv.data.evidence import PreprocessingFact, ReferenceStatistics, find_fact, find_references
 from qconv.data.hypotheses import (
     CandidateSpace,
@@ -286,23 +292,27 @@ def detect_preprocessing(
     """Decide on the preprocessing.
 
     model: as loaded, not yet folded. session: the user's own model. feed: with the default preprocessing. options: what
-    the user said. Never raises for want of evidence: then the default stays, and the doubt says so.
+    the user said. Never raises for want of evidence: then the default stays, and the doubt says so; QconvError where
+    the user speaks of a letterbox, and there is none.
     """
     default = feed.preprocessing
     if default is None:
         return DetectedPreprocessing(None)
     spec = feed.inputs[0]
     known = find_references(model)
-    field, said = CandidateSpace(spec, default, known), _pixel_options(options, spec, default)
+    field, said = CandidateSpace(spec, default, known, _shape_options(options)), _pixel_options(options, spec, default)
     fact, ignored = _find_usable_fact(model, field)
     own, free = field.candidates(fact, said), field.candidates(fact, {})
+    _require_letterbox(options, own[0], fact)
     race = SequentialTest(model, session, spec, feed.iter_pixels, known, threads)
     if "preset" in said or (said and len(own) == 1):
+        source = default.source if fact is None or "preset" in said else options.name_beside(fact.why)
+        settled = replace(own[0].preprocessing, source=source)
         if fact is None and race.fits(own[0]):
-            return DetectedPreprocessing(default, ignored=ignored)
+            return DetectedPreprocessing(settled, ignored=ignored)
         race.run([*own, *free], confidence=False)
         told = _describe_contradiction(own[0], free, race, fact)
-        return DetectedPreprocessing(default, doubt=told, against=bool(told), ignored=ignored)
+        return DetectedPreprocessing(settled, doubt=told, against=bool(told), ignored=ignored)
     race.run([*own, *free] if said else own, confidence=True)
     chosen, found = _decide(own, race, fact)
     told = _describe_contradiction(chosen, free, race, fact) if said else ""
@@ -326,16 +336,19 @@ def detect_without_images(
 ) -> DetectedPreprocessing:
     """Decide on the preprocessing with generated images, which hardly show the colour order: the usual one is taken.
 
-    Raises QconvError where neither the network nor the user settles it.
+    Raises QconvError where neither the network nor the user settles it, or there is no letterbox of which the user
+    speaks.
     """
     default = feed.preprocessing
-    said = {} if default is None else _pixel_options(options, feed.inputs[0], default)
-    if default is None or "preset" in said:
-        return DetectedPreprocessing(default)
-    known = find_references(model)
-    field = CandidateSpace(feed.inputs[0], default, known)
+    if default is None:
+        return DetectedPreprocessing(None)
+    said, known = _pixel_options(options, feed.inputs[0], default), find_references(model)
+    field = CandidateSpace(feed.inputs[0], default, known, _shape_options(options))
     fact, ignored = _find_usable_fact(model, field)
     own = field.candidates(fact, said)
+    _require_letterbox(options, own[0], fact)
+    if "preset" in said:
+        return DetectedPreprocessing(replace(own[0].preprocessing, source=default.source))
     race = SequentialTest(model, session, feed.inputs[0], feed.iter_pixels, known, threads)
     race.run(own, confidence=False)
     best, *others = sorted(own, key=lambda candidate: candidate.score, reverse=True)
@@ -356,6 +369,19 @@ def detect_without_images(
             f"which changes no weight: --color {color} settles it."
         )
     return DetectedPreprocessing(chosen, None, round(share, 4), doubt, evident=True, ignored=ignored)
+
+
+def _shape_options(options: PreprocessingOptions) -> PreprocessingOptions:
+    """The user's options that do not change the pixels' values."""
+    return PreprocessingOptions(**{name: getattr(options, name) for name in SHAPE_OPTIONS})
+
+
+def _require_letterbox(
+    options: PreprocessingOptions, chosen: PreprocessingCandidate, fact: PreprocessingFact | None
+) -> None:
+    told = fact is not None and fact.options.resize != AUTO
+    why = f"as {fact.why} says" if fact is not None and told else "the default, as the file tells no other"
+    require_letterbox(options, chosen.preprocessing.resize, why)
 
 
 def _pixel_options(options: PreprocessingOptions, spec: InputSpec, default: Preprocessing) -> dict[str, Any]:

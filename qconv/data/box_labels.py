@@ -7,10 +7,12 @@ forms.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,12 +20,12 @@ from numpy.typing import ArrayLike, NDArray
 from qconv.data.fitting import Size
 from qconv.data.label_classes import LabelKeys, number_classes
 from qconv.data.label_files import Key, LabelRequest, ModelClasses
-from qconv.errors import format_count
+from qconv.errors import QconvError, format_count
 
 Float64 = NDArray[np.float64]
 
 TOLERANCE = 1.0
-"""Pixels by which a box may reach beyond its picture, as rounded numbers do."""
+"""Pixels by which a box may reach beyond its picture, and a size differ from it, as rounded numbers do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +62,16 @@ class BoxLabels:
 
 @dataclass(slots=True)
 class WrittenBoxes:
-    """The objects of one picture as its labels write them. boxes: by their edges in pixels."""
+    """The objects of one picture as its labels write them.
+
+    boxes: by their edges in pixels. size: width and height of the picture that they are of; None where it is not told.
+    """
 
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
     crowd: list[bool] = field(default_factory=list)
     ignored: list[bool] = field(default_factory=list)
+    size: tuple[float, float] | None = None
 
     def add(self, box: Sequence[float], key: Key, *, crowd: bool = False, ignored: bool = False) -> None:
         """Take in one object."""
@@ -87,6 +93,7 @@ class WrittenLabels:
         numbered: Whether an id is the number of the model's class.
         picture_ids: What the labels call a picture, where that is no file name.
         strangers: Labelled pictures that are not among those given.
+        remarks: Sentences on what is left out.
     """
 
     pictures: Mapping[Path, WrittenBoxes]
@@ -95,6 +102,7 @@ class WrittenLabels:
     numbered: bool = False
     picture_ids: Mapping[Path, int | str] = field(default_factory=dict)
     strangers: int = 0
+    remarks: tuple[str, ...] = ()
 
     @property
     def keys(self) -> LabelKeys:
@@ -141,6 +149,37 @@ def _settle(written: WrittenBoxes, numbers: Mapping[Key, int]) -> BoxLabels:
         [numbers[written.keys[index]] for index in kept],
         [written.crowd[index] for index in kept],
         [written.ignored[index] for index in kept],
+    )
+
+
+def take_stated_size(width: Any, height: Any) -> tuple[float, float] | None:
+    """Width and height as labels state them; None where one is missing, or 0 as tools write that do not know it."""
+    sides = [float(side) for side in (width, height) if isinstance(side, int | float) and 0 < side < math.inf]
+    return (sides[0], sides[1]) if len(sides) == 2 else None
+
+
+def require_stated_sizes(written: WrittenLabels, sizes: Mapping[Path, Size], source: Path) -> None:
+    """Raise QconvError where boxes are of a picture of another size: their pixels are not those of this one.
+
+    sizes: width and height of the pictures, upright. source: of the labels.
+    """
+    stated = {path: found.size for path, found in written.pictures.items() if found.boxes and path in sizes}
+    known = {path: size for path, size in stated.items() if size is not None}
+    odd = [p for p, size in known.items() if max(abs(a - b) for a, b in zip(size, sizes[p], strict=True)) > TOLERANCE]
+    if not odd:
+        return
+    (width, height), (own_width, own_height) = known[odd[0]], sizes[odd[0]]
+    more = f", and so with {len(odd) - 1} of {len(known) - 1} others" if len(odd) > 1 else ""
+    fact = f"{source}: the boxes of {odd[0]} are in pixels of a picture of {width:g}x{height:g}, but it is"
+    turned = (own_width, own_height) == (height, width)
+    seen = " as it is seen upright" if turned else ""
+    fix = (
+        "label pictures as they are seen, turned by their EXIF, or store them so"
+        if turned
+        else "scale boxes as their pictures were scaled"
+    )
+    raise QconvError(
+        f"{fact} {own_width}x{own_height}{seen}{more}.", f"{fix}; if boxes are right, take the sizes out of the labels."
     )
 
 

@@ -1,15 +1,20 @@
-"""Reads boxes of COCO JSON, the form of instances (Lin et al. 2014, arXiv 1405.0312; cocodataset.org/#format-data)."""
+"""Reads boxes of COCO JSON, the form of instances (Lin et al. 2014, arXiv 1405.0312; cocodataset.org/#format-data).
+
+Annotations of pictures or categories that a file does not list are left out, as pycocotools does: a part of a set often
+keeps those of the whole.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qconv.data.box_labels import WrittenBoxes, WrittenLabels
+from qconv.data.box_labels import WrittenBoxes, WrittenLabels, take_stated_size
 from qconv.data.label_files import SCHEMA_HINT, LabelledPictures
-from qconv.errors import QconvError
+from qconv.errors import QconvError, format_count, format_some
 
 LARGEST = 1e9
 """What no edge in pixels reaches."""
@@ -21,23 +26,50 @@ def read_coco_labels(file: Path, pictures: LabelledPictures) -> WrittenLabels:
     categories = {_id_of(file, entry, "categories"): str(entry.get("name", "")) for entry in content["categories"]}
     listed = {_id_of(file, entry, "images"): entry for entry in content["images"]}
     found = _find_pictures(file, listed, pictures)
-    labels = {path: WrittenBoxes() for path in found.values()}
-    for entry, box in _iter_boxes(file, content["annotations"]):
-        picture, category = entry.get("image_id"), entry.get("category_id")
-        for what, number, known in (("picture", picture, listed), ("category", category, categories)):
-            if not isinstance(number, int) or number not in known:
-                fact = f"{file}: annotation {entry.get('id')} is of {what} {number}, which is not listed."
-                raise QconvError(fact, SCHEMA_HINT)
-        assert category is not None
-        if picture in found:
-            labels[found[picture]].add(box, category, crowd=bool(entry.get("iscrowd", 0)))
+    stated = {path: take_stated_size(listed[n].get("width"), listed[n].get("height")) for n, path in found.items()}
+    labels = {path: WrittenBoxes(size=size) for path, size in stated.items()}
+    kept, remarks = _select_listed(file, content["annotations"], listed, categories)
+    for entry, box in _iter_boxes(file, kept):
+        if entry["image_id"] in found:
+            labels[found[entry["image_id"]]].add(box, entry["category_id"], crowd=bool(entry.get("iscrowd", 0)))
     return WrittenLabels(
         labels,
         {key: name for key, name in categories.items() if name},
         tuple(sorted(categories)),
         picture_ids={path: number for number, path in found.items()},
         strangers=len(listed) - len(found),
+        remarks=remarks,
     )
+
+
+def _select_listed(
+    file: Path, entries: list[dict[str, Any]], pictures: Collection[int], categories: Collection[int]
+) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+    """The annotations of listed pictures and categories, and sentences on the others.
+
+    Raises QconvError where an annotation names neither by a whole number, or none is left.
+    """
+    kept, remarks = entries, []
+    for key, noun, plural, known in (
+        ("image_id", "picture", "pictures", pictures),
+        ("category_id", "category", "categories", categories),
+    ):
+        for entry in kept:
+            if not isinstance(entry.get(key), int) or isinstance(entry[key], bool):
+                fact = (
+                    f"{file}: annotation {entry.get('id')} has the {key} {entry.get(key)!r}, which is no whole number."
+                )
+                raise QconvError(fact, SCHEMA_HINT)
+        odd = Counter(entry[key] for entry in kept if entry[key] not in known)
+        listed, which = [entry for entry in kept if entry[key] in known], format_some([*map(str, odd)])
+        if odd and not listed:
+            fact = f"{file}: no annotation is of a {noun} that is listed, but of {plural} {which}."
+            raise QconvError(fact, f"list their {plural}, by the same numbers; {SCHEMA_HINT}")
+        if odd:
+            some = format_count(odd.total(), "annotation")
+            remarks.append(f"{some} in {file} of {plural} that it does not list are left out: {which}.")
+        kept = listed
+    return kept, tuple(remarks)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

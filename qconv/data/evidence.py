@@ -54,15 +54,19 @@ class ReferenceStatistics:
 
 def find_fact(model: Model, dtype: np.dtype[Any], layout: Layout) -> PreprocessingFact | None:
     """The strongest fact about the preprocessing in the file. dtype, layout: of the network's input."""
-    carried = dict(model.inner.metadata_props)
-    for read in (_fact_in_own_metadata, _fact_in_ultralytics_metadata, _fact_in_windows_ml_metadata):
-        found = read(carried)
-        if found is not None:
-            return found
+    found = find_metadata_fact(model.inner.metadata_props)
+    if found is not None:
+        return found
     if dtype.kind in "iu":
         what = "bytes" if dtype == np.uint8 else "whole numbers"
         return PreprocessingFact(PreprocessingOptions(preset="raw"), f"the input takes {what}")
     return _fact_in_leading_nodes(model, layout)
+
+
+def find_metadata_fact(carried: Mapping[str, str]) -> PreprocessingFact | None:
+    """The strongest fact about the preprocessing in a file's metadata, whoever wrote them."""
+    facts = (_fact_in_own_metadata, _fact_in_ultralytics_metadata, _fact_in_windows_ml_metadata)
+    return next((found for read in facts if (found := read(carried)) is not None), None)
 
 
 # -- metadata ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.data_options import LETTERBOX, LETTERBOX_OPTIONS, Color, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import (
+    LETTERBOX_OPTIONS,
+    Color,
+    Preprocessing,
+    PreprocessingOptions,
+    merge_options,
+)
 from qconv.data.evidence import PreprocessingFact, ReferenceStatistics
 from qconv.data.preprocessing import InputSpec, resolve_preprocessing
 from qconv.runtime.outputs import OutputKind
@@ -206,17 +212,23 @@ def invert_candidate(candidate: PreprocessingCandidate, known: Sequence[Referenc
 
 @dataclass(frozen=True, slots=True)
 class CandidateSpace:
-    """What all candidates share: the network's input, the resizing, and the reference statistics."""
+    """What all candidates share: the network's input, the resizing, and the reference statistics.
+
+    shape: what the user says of resizing.
+    """
 
     spec: InputSpec
     default: Preprocessing
     known: Sequence[ReferenceStatistics]
+    shape: PreprocessingOptions
 
     def candidates(self, fact: PreprocessingFact | None, said: dict[str, Any]) -> list[PreprocessingCandidate]:
         """The candidates: the families that a fact leaves possible, with the user's options put over all of them."""
         families = COLOR_FAMILIES if self.default.channels == 3 else GREY_FAMILIES
         if "preset" in said:
-            families = (NormalizationFamily(said["preset"], PreprocessingOptions(said["preset"])),)
+            chosen = PreprocessingOptions(said["preset"])
+            options = chosen if fact is None else merge_options(chosen, fact.options)
+            families = (NormalizationFamily(said["preset"], options),)
         elif fact is not None:
             families = (NormalizationFamily(str(fact.options.preset), fact.options),)
         found: dict[tuple[Any, ...], PreprocessingCandidate] = {}
@@ -236,11 +248,9 @@ class CandidateSpace:
 
     def _shape(self, family: NormalizationFamily) -> dict[str, Any]:
         """The options on resizing; a fact may set them where the user has not."""
-        prep = self.default
-        resize = family.options.resize if prep.resize == "auto" else prep.resize
-        shape: dict[str, Any] = {"layout": prep.layout, "filter": prep.filter, "size": prep.size, "resize": resize}
-        if prep.resize == LETTERBOX:
-            shape |= {name: getattr(prep, name) for name in LETTERBOX_OPTIONS}
+        prep, merged = self.default, merge_options(self.shape, family.options)
+        shape = {name: getattr(merged, name) for name in ("resize", "filter", *LETTERBOX_OPTIONS)}
+        shape |= {"layout": prep.layout, "size": prep.size}
         return shape | ({"color": None} if prep.channels == 1 else {})
 
     def _candidate(

@@ -168,6 +168,8 @@ Labels of boxes (detectors), by what --labels names:
 FILE.json       COCO. "images": [{"id", "file_name", "width", "height"}], "annotations": [{"image_id", "category_id",
                 "bbox": [left, top, width, height] in pixels, "iscrowd"}], "categories": [{"id", "name"}]. Pictures
                 are found by file_name, or by its last part. A crowd (iscrowd 1) may be found any number of times.
+                Annotations of pictures and categories that are not listed are left out, and told of. Where width and
+                height are there and not 0, they must be the picture's, upright as its EXIF turns it.
 FILE.yaml       YOLO's data.yaml: "names", a list or {number: name}. The text files lie where Ultralytics looks for
                 them (labels/ in place of the last images/ in a picture's path), or beside the pictures, or in a
                 folder NAME_labels beside the pictures' folder NAME. Needs the extra qconv[detect].
@@ -176,6 +178,7 @@ DIR of .txt     YOLO: NAME.txt for NAME.jpg, a line an object: class x y width h
                 counts. A picture without a file shows nothing.
 DIR of .xml     Pascal VOC: NAME.xml with <object> of <name> and <bndbox> of <xmin> <ymin> <xmax> <ymax>, pixels
                 counted from 1, the last one inside. <difficult>1</difficult>: finding it counts neither way.
+                <size>, where it is there, must be the picture's, as in COCO.
 
 Labels of masks (segmenters):
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from qconv.config.data_options import AUTO, NO_LETTERBOX, DataOptions, PreprocessingOptions
+from qconv.config.choices import option_name
+from qconv.config.data_options import AUTO, DataOptions, PreprocessingOptions, merge_options, require_letterbox
 from qconv.config.tasks import Tasks
 from qconv.data.autodetect import detect_preprocessing
 from qconv.data.batches import iter_batches
-from qconv.data.evidence import find_fact
+from qconv.data.evidence import find_fact, find_metadata_fact
 from qconv.data.loader import LEAST_DECODERS, DataLoader, count_images
 from qconv.errors import QconvError
 from qconv.ir import load
@@ -28,6 +29,9 @@ from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 
 OTHER_MODEL = "the other model"
+
+NORMALIZING = ("preset", "scale", "mean", "std", "color", "layout")
+"""Options that a file which takes pixels answers itself."""
 
 Outputs = list[Any]
 """An array an output; lists where these are sequences, or of no part of a batch."""
@@ -108,41 +112,34 @@ def _open_model(
     reporter: Reporter,
     hint: PreprocessingOptions | None = None,
     carried_task: str = "auto",
+    *,
+    alone: bool = False,
 ) -> ModelWithData:
     """Open a model with its preprocessing: the user's, the file's, that of `hint`, or a detected one, in this order.
 
     proto: what is in the file. hint: preprocessing of the other model. carried_task: of either file, for users who say
-    nothing of the task.
+    nothing of the task. alone: whether there is no other model that options may be for.
     """
     asked = data.task != "auto"
     tasks = data.tasks if asked else replace(data.tasks, task=carried_task)
     session = open_original(source, threads, tasks, required=asked)
     carried, said = metadata_of(proto), data.preprocessing
+    settled = said.preset != AUTO or is_quantized(proto)
     odd = describe_odd_metadata(carried)
     for text in odd:
         reporter.warn(f"{source.name}: {text}")
     told, why = read_preprocessing(carried), "the file's metadata"
-    if told is not None and told != read_float_preprocessing(
-        carried
-    ):  # it takes pixels: all else is for the float model
-        said = replace(said, preset=None, scale=None, mean=None, std=None, color=None, layout=None)
+    if told is not None and told != read_float_preprocessing(carried):
+        said = _without_normalization(said, source, reporter if alone else Reporter())
     if told is None:
         told, why = hint, OTHER_MODEL
-    if told is not None:
-        # samples need none of it, which is no news where the user has said nothing
-        quietly = Reporter() if data.preprocessing == PreprocessingOptions() else reporter.without_progress()
-        merged = replace(data, preprocessing=merge_options(said, told))
-        try:
-            feed = DataLoader.of(session, merged, quietly)
-        except QconvError as error:
-            DataLoader.of(session, data, Reporter())  # raises where the user is mistaken
-            reporter.warn(f"{source.name} cannot be fed as {why} says, which is ignored: {error.message}")
-        else:
-            fed = feed.preprocessing
-            if fed is not None and said.given.get("preset", fed.preset) == fed.preset:
-                feed.preprocessing = replace(fed, source=_describe_source(said, why, fed.preset))
-            return ModelWithData(session, feed, _describe_loader(feed))
+    if told is None and settled and (fact := find_metadata_fact(carried)) is not None:
+        told, why = fact.options, fact.why
+    if told is not None and (feed := _feed_as_told(session, data, said, (told, why), reporter)) is not None:
+        return ModelWithData(session, feed, _describe_loader(feed))
     feed = DataLoader.of(session, data, reporter.without_progress())
+    if feed.preprocessing is not None and settled:
+        require_letterbox(said, feed.preprocessing.resize, "the default, as the file tells no other")
     if feed.preprocessing is None or said.preset != AUTO:
         return ModelWithData(session, feed, _describe_loader(feed))
     if is_quantized(proto):
@@ -161,6 +158,52 @@ def _open_model(
     return ModelWithData(session, feed, detected.in_words())
 
 
+def _feed_as_told(
+    session: Session,
+    data: DataOptions,
+    said: PreprocessingOptions,
+    source: tuple[PreprocessingOptions, str],
+    reporter: Reporter,
+) -> DataLoader | None:
+    """The loader for a model that is fed as `source` tells, with the user's options over it.
+
+    Args:
+        session: The model's.
+        data: The images, and all that the user says.
+        said: What of it is for this model.
+        source: Preprocessing, and where it comes from, in words.
+        reporter: Hears of what is told and does not suit the model, which is ignored: then it is None.
+
+    Raises:
+        QconvError: What the user says does not suit the model, or speaks of a letterbox where there is none.
+    """
+    told, why = source
+    # samples need none of it, which is no news where the user has said nothing
+    quietly = Reporter() if data.preprocessing == PreprocessingOptions() else reporter.without_progress()
+    try:
+        feed = DataLoader.of(session, replace(data, preprocessing=merge_options(said, told)), quietly)
+    except QconvError as error:
+        DataLoader.of(session, data, Reporter())  # raises where the user is mistaken
+        reporter.warn(f"{session.name} cannot be fed as {why} says, which is ignored: {error.message}")
+        return None
+    fed = feed.preprocessing
+    if fed is not None:
+        teller = f"the model beside {session.name}" if why == OTHER_MODEL else why
+        require_letterbox(said, fed.resize, f"as {teller} says")
+        if said.given.get("preset", fed.preset) == fed.preset:
+            feed.preprocessing = replace(fed, source=_describe_source(said, why, fed.preset))
+    return feed
+
+
+def _without_normalization(said: PreprocessingOptions, source: Source, reporter: Reporter) -> PreprocessingOptions:
+    """What is said of resizing, for a file that takes pixels: all else is for the float model, as `reporter` hears."""
+    dropped = [name for name in NORMALIZING if name in said.given]
+    if dropped:
+        idle = " and ".join("--preprocess" if name == "preset" else option_name(name) for name in dropped)
+        reporter.warn(f"{source.name} takes pixels and normalizes them itself: {idle} is not used.")
+    return replace(said, preset=None, scale=None, mean=None, std=None, color=None, layout=None)
+
+
 def open_models(
     source: Source, against: Source | None, data: DataOptions, threads: int | None, reporter: Reporter
 ) -> tuple[ModelWithData, ModelWithData | None]:
@@ -170,7 +213,8 @@ def open_models(
     """
     proto = read_proto(source)
     if against is None:
-        return _open_model(source, proto, data, threads, reporter, None, _find_carried_task(proto)), None
+        task = _find_carried_task(proto)
+        return _open_model(source, proto, data, threads, reporter, None, task, alone=True), None
     other_proto = read_proto(against)
     task = _find_carried_task(proto, other_proto)
     carried = read_float_preprocessing(metadata_of(proto))
@@ -194,16 +238,6 @@ def _is_task(text: str) -> bool:
     except QconvError:
         return False
     return True
-
-
-def merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> PreprocessingOptions:
-    """The user's options win over what is told; another preset also replaces the numbers of the old one."""
-    changed = said.given
-    if "preset" in changed:
-        told = replace(told, preset=None, scale=None, mean=None, std=None, color=None)
-    if "resize" in changed and said.resize != told.resize:
-        told = replace(told, resize=said.resize, **NO_LETTERBOX)
-    return replace(told, **changed)
 
 
 def _describe_source(said: PreprocessingOptions, why: str, preset: str) -> str:

@@ -22,6 +22,7 @@ from qconv.config.data_options import (
     Preprocessing,
     PreprocessingOptions,
     Preset,
+    ResizeFilter,
 )
 from qconv.errors import QconvError, format_count, format_shape
 
@@ -67,7 +68,7 @@ def resolve_preprocessing(options: PreprocessingOptions, spec: InputSpec, *, cla
         std=_check_per_channel("--std", options.std, preset.std, spec, channels),
         layout=layout,
         resize=options.resize,
-        filter=options.filter,
+        filter=options.filter or ResizeFilter.BILINEAR,
         size=_resolve_size(options.size, spec, layout),
         class_vector=class_vector,
         letterbox_align=options.letterbox_align or LetterboxAlign.CENTER,
@@ -98,7 +99,11 @@ def _keep_pixels(prep: Preprocessing, spec: InputSpec, options: PreprocessingOpt
 def find_vain_normalization(options: PreprocessingOptions, spec: InputSpec) -> str:
     """The options that are not used as pixels stay whole numbers, in words; empty where all count."""
     found = [f"--preprocess {options.preset}"] if options.preset not in (None, AUTO, "raw") else []
-    found += [f"--{part}" for part in ("scale", "mean", "std") if getattr(options, part) is not None]
+    kept: dict[str, set[float]] = {"scale": {1.0}, "mean": {0.0}, "std": {1.0}}
+    for part, neutral in kept.items():
+        value = getattr(options, part)
+        if value is not None and {*(value if isinstance(value, tuple) else (value,))} != neutral:
+            found.append(f"--{part}")
     return " and ".join(found)
 
 

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from xml.etree import ElementTree
 
-from qconv.data.box_labels import WrittenBoxes, WrittenLabels
+from qconv.data.box_labels import WrittenBoxes, WrittenLabels, take_stated_size
 from qconv.data.label_files import SCHEMA_HINT, Key, LabelledPictures
 from qconv.errors import QconvError
 
@@ -35,7 +35,8 @@ def _read_file(file: Path) -> WrittenBoxes:
         raise QconvError(f"{file} is no XML: {error}.", SCHEMA_HINT) from None
     if root.tag != "annotation":
         raise QconvError(f"{file} holds <{root.tag}>, where Pascal VOC has <annotation>.", SCHEMA_HINT)
-    found = WrittenBoxes()
+    width, height = (_as_number(root.findtext(f"size/{side}") or "") for side in ("width", "height"))
+    found = WrittenBoxes(size=take_stated_size(width, height))
     for number, entry in enumerate(root.iter("object"), 1):
         name = (entry.findtext("name") or "").strip()
         texts = [entry.findtext(f"bndbox/{edge}") or "" for edge in EDGES]

@@ -5,17 +5,20 @@ one, and returns a row for each box that is left after its own suppression:
 
     left, top, right, bottom (in pixels of the network's input), score (0 to 1), class (a number)
 
-Whatever is wrong with the file or the function is a QconvError that names both, and the line where there is one.
+Whatever is wrong with the file or the function is a QconvError that names both, and the line where there is one. Rows
+are held to the above where the function reads the reference, whose numbers are sound. A file that is compared with it
+may say anything: that is its loss and no error, and its rows count as they are, if they are finite.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import numbers
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +33,9 @@ from qconv.errors import QconvError, format_shape
 COLUMNS = 6
 
 ROW = "x1, y1, x2, y2, score and class"
+
+ROUNDING = 1e-3
+"""By which a score may lie outside of 0 to 1, and a class beside a whole number: a step of float16 at 1."""
 
 DecodeFunction = Callable[[Mapping[str, NDArray[Any]]], Any]
 
@@ -77,32 +83,36 @@ def _make_error(decode: str, path: Path, what: str, error: BaseException) -> Qco
 
 def make_head(decode: str, facts: NetworkFacts, pictures: int) -> Head:
     """The head that such a function reads. pictures: how many the batch has. Raises QconvError as `load_decoder`."""
-    names = tuple(facts.outputs)
-    decoder = _CustomDecoder(load_decoder(decode), decode, names, pictures == 1)
-    return Head("--decode", f"{decode} reads them", names, decoder, facts.size, names=read_class_names(facts.metadata))
+    outputs, names = tuple(facts.outputs), read_class_names(facts.metadata)
+    decoder = _CustomDecoder(load_decoder(decode), decode, outputs, pictures == 1, names)
+    strict = replace(decoder, strict=True)
+    return Head("--decode", f"{decode} reads them", outputs, decoder, facts.size, names=names, decode_reference=strict)
 
 
 @dataclass(frozen=True, slots=True)
 class _CustomDecoder:
     """decode: what names the function. names: of the outputs. single: batches have one picture, and outputs may be
-    without an axis for it."""
+    without an axis for it. classes: names of them, where they are known. strict: whether to refuse what no box is."""
 
     function: DecodeFunction
     decode: str
     names: tuple[str, ...]
     single: bool
+    classes: Mapping[int, str]
+    strict: bool = False
 
     def __call__(self, arrays: Sequence[NDArray[Any]], least: float) -> list[Detections]:
         """The detections of each picture of a batch. Raises QconvError for whatever goes wrong in the function."""
         if self.single:
-            return [self._find(arrays, least)]
+            return [self._find(arrays, least, 0)]
         counts = {array.shape[:1] for array in arrays}
         if len(counts) != 1 or counts == {()}:
             fact = f"--decode {self.decode}: not all outputs have a part for each picture of a batch."
             raise QconvError(fact, "pass --batch 1.")
-        return [self._find([array[i : i + 1] for array in arrays], least) for i in range(len(arrays[0]))]
+        return [self._find([array[i : i + 1] for array in arrays], least, i) for i in range(len(arrays[0]))]
 
-    def _find(self, arrays: Sequence[NDArray[Any]], least: float) -> Detections:
+    def _find(self, arrays: Sequence[NDArray[Any]], least: float, picture: int) -> Detections:
+        """picture: its place in the batch."""
         outputs = {name: array.copy() for name, array in zip(self.names, arrays, strict=True)}
         try:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is the result's
@@ -111,18 +121,74 @@ class _CustomDecoder:
             raise _make_error(self.decode, Path(self.decode.rpartition(":")[0]), "failed", error) from None
         rows = _as_rows(given)
         if rows is None:
-            shape = format_shape(np.shape(given)) if isinstance(given, np.ndarray) else type(given).__name__
-            fact = f"--decode {self.decode} returned {shape}, which is not {COLUMNS} numbers for each box."
-            raise QconvError(fact, f"return a row for each: {ROW}.")
+            what = f"returned {_describe_array(given)}, which is not {COLUMNS} numbers for each box"
+            raise QconvError(f"--decode {self.decode} {what}.", f"return a row for each: {ROW}.")
+        if self.strict:
+            finite = all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f")
+            self._check(rows, least, picture, finite=finite)
+        rows = rows[np.isfinite(rows).all(axis=1)]
         return Detections.of(rows[:, :4], rows[:, 4], np.rint(rows[:, 5])).above(least)
+
+    def _check(self, rows: NDArray[np.float64], least: float, picture: int, *, finite: bool) -> None:
+        """Raise QconvError for the first row that is no box.
+
+        Of a row that has no higher score than `least`, as padding has, nothing else counts. finite: whether the outputs
+        are; else numbers that are not finite come from them.
+        """
+        left, top, right, bottom, scores, classes = rows.T
+        count = max(self.classes) + 1 if self.classes else np.inf
+        numbered = "a whole number from 0 on" if count == np.inf else f"one of the model's {count}, counted from 0"
+        broken, shown = ~np.isfinite(rows), ~(scores <= least)
+        whole, nearest = shown & ~broken.any(axis=1), np.rint(classes)
+        faults = (
+            (finite & broken[:, 4], SCORE, "a finite number", FINITE_HINT),
+            (finite & shown & broken[:, :4].any(axis=1), BOX, "of finite numbers", FINITE_HINT),
+            (finite & shown & broken[:, 5], CLASS, "a finite number", FINITE_HINT),
+            (~broken[:, 4] & (abs(scores - 0.5) > 0.5 + ROUNDING), SCORE, "from 0 to 1", SCORE_HINT),
+            (whole & ((left > right) | (top > bottom)), BOX, "a left, top, right and bottom edge", BOX_HINT),
+            (whole & (abs(classes - nearest) > ROUNDING), CLASS, "a whole number", CLASS_HINT),
+            (whole & ((nearest < 0) | (nearest >= count)), CLASS, numbered, CLASS_HINT),
+        )
+        for wrong, (part, columns), wanted, hint in faults:
+            if wrong.any():
+                row = int(wrong.argmax())
+                value = ", ".join(f"{number:.6g}" for number in rows[row, columns])
+                what = f"row {row} of picture {picture} of a batch has the {part} {value}, which is not {wanted}"
+                raise QconvError(f"--decode {self.decode}: {what}.", hint)
+
+
+BOX, SCORE, CLASS = ("box", slice(0, 4)), ("score", slice(4, 5)), ("class", slice(5, 6))
+"""Columns of a row, with what they are."""
+
+FINITE_HINT = "the network's outputs are finite: look for divisions by 0, logarithms and overflows in the function."
+
+SCORE_HINT = "return probabilities: of logits the sigmoid or softmax, of what the network puts out beyond 0 or 1 these."
+
+BOX_HINT = "return edges in pixels: of a centre and a size, the centre less and plus half of the size."
+
+CLASS_HINT = "return the number of a class as the model counts them, from 0 on and without a background."
 
 
 def _as_rows(given: Any) -> NDArray[np.float64] | None:
     """What a function returned as rows (N, 6); None where it is none."""
     try:
-        rows = np.asarray(given, np.float64)
-    except (TypeError, ValueError):
+        found = np.asarray(given)
+        if found.shape in ((0,), (0, COLUMNS)):
+            return np.zeros((0, COLUMNS))
+        if found.ndim != 2 or found.shape[1] != COLUMNS or not _are_numbers(found):
+            return None
+        return found.astype(np.float64)
+    except Exception:  # of whatever the function returned, as tensors of PyTorch raise RuntimeError
         return None
-    if rows.shape in ((0,), (0, COLUMNS)):
-        return rows.reshape(0, COLUMNS)
-    return rows if rows.ndim == 2 and rows.shape[1] == COLUMNS else None
+
+
+def _are_numbers(array: NDArray[Any]) -> bool:
+    """Whether all entries are real numbers, and no truth values: in tables of objects, too."""
+    if array.dtype.kind != "O":
+        return array.dtype.kind in "fiu"
+    return all(isinstance(entry, numbers.Real) and not isinstance(entry, bool) for entry in array.flat)
+
+
+def _describe_array(given: Any) -> str:
+    """The shape and type of an array, the type of all else."""
+    return f"{format_shape(given.shape)} of {given.dtype}" if isinstance(given, np.ndarray) else type(given).__name__

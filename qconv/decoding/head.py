@@ -139,6 +139,8 @@ class Head:
         usual_score: From which on boxes are shown, as the family's own programs do.
         names: Of classes, where the file tells them.
         parts: Of outputs that hold more than one thing, what they hold.
+        decode_reference: In place of `decode` for what the reference says, raises QconvError for what no detection is;
+            None where `decode` is sure of itself.
     """
 
     family: str
@@ -149,11 +151,19 @@ class Head:
     usual_score: float = 0.25
     names: Mapping[int, str] = field(default_factory=dict)
     parts: Mapping[str, tuple[OutputPart, ...]] = field(default_factory=dict)
+    decode_reference: Callable[[Sequence[NDArray[Any]], float], list[Detections]] | None = None
 
-    def read(self, arrays: Arrays, least: float) -> list[Detections]:
-        """The detections of each image of a batch. arrays: outputs by name. least: score that must be exceeded."""
+    def read(self, arrays: Arrays, least: float, *, reference: bool = False) -> list[Detections]:
+        """The detections of each image of a batch.
+
+        Args:
+            arrays: Outputs by name.
+            least: Score that must be exceeded.
+            reference: Whether the model that says what outputs hold has put them out, and not another one.
+        """
+        decode = self.decode_reference if reference and self.decode_reference is not None else self.decode
         with np.errstate(all="ignore"):  # numbers of a poor file may be anything
-            return self.decode([arrays[name] for name in self.outputs], least)
+            return decode([arrays[name] for name in self.outputs], least)
 
 
 def read_class_names(metadata: Mapping[str, str]) -> dict[int, str]:

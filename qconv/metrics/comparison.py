@@ -191,7 +191,7 @@ class ComparisonAccumulator:
 
     def add(self, reference: Sequence[Any], quantized: Sequence[Any]) -> None:
         """Take in the outputs of one batch."""
-        self.add_heard(self.network.hear(reference), self.network.hear(quantized))
+        self.add_heard(self.network.hear(reference, reference=True), self.network.hear(quantized))
 
     def add_heard(self, reference: BatchOutputs, quantized: BatchOutputs) -> None:
         """Take in the outputs of one batch, of which others may read detections as well."""
@@ -251,7 +251,7 @@ def verify(
         size = count_images(feeds)
         images += size
         comparison = comparison or ComparisonAccumulator.of(describe_outputs(reference, floats, expected))
-        both = comparison.network.hear(expected), comparison.network.hear(got)
+        both = comparison.network.hear(expected, reference=True), comparison.network.hear(got)
         comparison.add_heard(*both)
         if pair is not None and labels is not None:
             pair.add(tuple(itertools.islice(labels.paths, size)), size, *both)
@@ -383,6 +383,6 @@ def collect_reference_outputs(
     network = NetworkOutputs(session.model_outputs)
     if kept:
         network = describe_outputs(session, *kept[0])
-    heard = [(feeds, network.hear(arrays)) for feeds, arrays in kept]
+    heard = [(feeds, network.hear(arrays, reference=True)) for feeds, arrays in kept]
     given = total if size >= most_bytes else pictures
     return ReferenceOutputs(network, heard, pictures, given, paths, labels)

@@ -199,7 +199,7 @@ def require_boxes(
     head = network.head
     if option is None or head is None:
         return
-    shown = (found for arrays in outputs for found in head.read(network.by_name(arrays), head.usual_score))
+    shown = (x for said in outputs for x in head.read(network.by_name(said), head.usual_score, reference=True))
     if not any(map(len, shown)):
         fact = f"{option} needs boxes, and the float model shows none above {head.usual_score:g} on these pictures."
         raise QconvError(fact, "pass pictures of what it finds, fed as in training, or ask for decibels.")

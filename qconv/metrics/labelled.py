@@ -18,7 +18,13 @@ import numpy as np
 
 from qconv.config.choices import SAMPLE_SUFFIXES
 from qconv.config.data_options import DataOptions, Preprocessing
-from qconv.data.box_labels import BoxLabelSet, WrittenLabels, describe_boxes_outside, settle_classes
+from qconv.data.box_labels import (
+    BoxLabelSet,
+    WrittenLabels,
+    describe_boxes_outside,
+    require_stated_sizes,
+    settle_classes,
+)
 from qconv.data.coco_labels import read_coco_labels
 from qconv.data.dataset import suffix_of
 from qconv.data.fitting import Size, place_picture
@@ -219,11 +225,12 @@ def open_labels(
         request: What the user says of labels.
         data: Of which pictures these are.
         paths: The pictures.
-        warn: Hears of labels of other pictures, and of boxes outside.
+        warn: Hears of labels that are left out, and of boxes outside.
         elsewhere: What to do where they are of none of these pictures.
 
     Raises:
-        QconvError: Labels cannot be read, are of none of these pictures, or need what is not installed.
+        QconvError: Labels cannot be read, are of none of these pictures, of pictures of other sizes, or need what is
+            not installed.
     """
     sample = next((path for path in paths if suffix_of(path) in SAMPLE_SUFFIXES), None)
     if sample is not None or data.arrays is not None:
@@ -250,10 +257,10 @@ def open_labels(
     if not any(path in sizes for path in written.pictures):
         fact = f"{request.path} has labels of none of the pictures, as {paths[0].name}"
         raise QconvError(f"{fact}, but of {written.strangers} others.", elsewhere)
+    require_stated_sizes(written, sizes, request.path)
     _tell_of_strangers(written.strangers if all_used else 0, warn)
-    outside = describe_boxes_outside(written, sizes)
-    if outside:
-        warn(outside)
+    for text in filter(None, (*written.remarks, describe_boxes_outside(written, sizes))):
+        warn(text)
     return OpenedLabels(request, form, pictures, sizes, written)
 
 

@@ -46,20 +46,22 @@ class NetworkOutputs:
         """What a run has given, by the names of outputs."""
         return dict(zip(self.names, arrays, strict=True))
 
-    def hear(self, arrays: Sequence[Any]) -> BatchOutputs:
-        """What a run on a batch has given, in the order of the outputs."""
-        return BatchOutputs(self, arrays)
+    def hear(self, arrays: Sequence[Any], *, reference: bool = False) -> BatchOutputs:
+        """What a run on a batch has given, in the order of the outputs. reference: whether of the float model."""
+        return BatchOutputs(self, arrays, reference)
 
 
 @dataclass(slots=True)
 class BatchOutputs:
     """What a model says of a batch, of which detections are read once, whoever asks for them.
 
-    network: what the outputs are. arrays: in their order.
+    network: what the outputs are. arrays: in their order. reference: whether the model has put them out by which it is
+    known what they are.
     """
 
     network: NetworkOutputs
     arrays: Sequence[Any]
+    reference: bool = False
     _found: Sequence[Detections] | None = None
 
     @property
@@ -72,13 +74,13 @@ class BatchOutputs:
         """What is detected in each picture, from LEAST_SCORE on; nothing where no output holds detections."""
         if self._found is None:
             head = self.network.head
-            self._found = () if head is None else head.read(self.by_name, LEAST_SCORE)
+            self._found = () if head is None else head.read(self.by_name, LEAST_SCORE, reference=self.reference)
         return self._found
 
     def of_picture(self, index: int) -> BatchOutputs:
         """The same of one picture of the batch, as a batch of one."""
         arrays = [array[index : index + 1] for array in self.arrays]
-        return BatchOutputs(self.network, arrays, self.detections[index : index + 1])
+        return BatchOutputs(self.network, arrays, self.reference, self.detections[index : index + 1])
 
 
 def describe_outputs(

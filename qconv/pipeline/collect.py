@@ -18,11 +18,17 @@ from qconv.calibration import statistics_file
 from qconv.calibration.observer import Observer, observe, open_observed_session
 from qconv.calibration.range_estimators import sketch_contents_for
 from qconv.calibration.sketch import Sketch, SketchContents
-from qconv.config.data_options import DataOptions, Layout, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import (
+    DataOptions,
+    Layout,
+    Preprocessing,
+    PreprocessingOptions,
+    merge_options,
+    require_letterbox,
+)
 from qconv.config.recipe import Recipe
 from qconv.data.autodetect import DetectedPreprocessing, detect_preprocessing, detect_without_images
 from qconv.data.loader import Batch, DataLoader
-from qconv.data.model_with_data import merge_options
 from qconv.data.preprocessing import InputSpec, resolve_preprocessing
 from qconv.data_free.dead_leaves import GeneratedImageLoader
 from qconv.data_free.statistics import DataFreeStatistics
@@ -164,7 +170,7 @@ class CalibrationData:
             feeds = loader.as_float(batch)
             self.network = describe_outputs(session, feeds, found := session.run_all(feeds))
             if self.data.decode is not None and self.network.head is not None:
-                self.network.head.read(self.network.by_name(found), LEAST_SCORE)
+                self.network.head.read(self.network.by_name(found), LEAST_SCORE, reference=True)
         return self.network
 
     def iter_float_outputs(self, source: Source, threads: int | None) -> Iterator[list[Any]]:
@@ -327,6 +333,7 @@ def open_calibration_data(
     if data.preprocessing != PreprocessingOptions():
         said = data.preprocessing if known is None else merge_options(data.preprocessing, known.as_options)
         wanted = resolve_preprocessing(said, InputSpec(*session.inputs[0]), class_vector=session.gives_class_scores)
+        require_letterbox(data.preprocessing, wanted.resize, f"as the statistics in {path} were made")
         statistics_file.require_same_preprocessing(found, path, statistics_file.preprocessing_to_dict(wanted))
     feed = DataLoader.of(session, data, reporter, known) if data.paths else None
     if feed is not None:

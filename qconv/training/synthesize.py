@@ -46,7 +46,6 @@ from qconv.config.data_options import (
     Layout,
     Preprocessing,
     PreprocessingOptions,
-    ResizeFilter,
 )
 from qconv.config.serialization import format_option
 from qconv.config.tasks import Tasks
@@ -512,7 +511,7 @@ class _InputFormat:
 
 def _without_resizing(said: PreprocessingOptions) -> PreprocessingOptions:
     """The same for pictures that have the network's size already."""
-    return replace(said, resize="auto", filter=ResizeFilter.BILINEAR, **NO_LETTERBOX)
+    return replace(said, resize="auto", filter=None, **NO_LETTERBOX)
 
 
 def _warn_of_unmatched(found: SynthesisResult, reporter: Reporter) -> None:

@@ -11,7 +11,7 @@ import pytest
 from onnxruntime import InferenceSession
 
 from tests.support import labelled
-from tests.support.cli import QUICK, Qconv, assert_error
+from tests.support.cli import BODY, QUICK, Qconv, assert_error, net
 from tests.support.reference import MANUAL
 
 DECODER = """\
@@ -90,6 +90,49 @@ def test_an_error_in_the_function_is_no_traceback(call: Qconv, tiny: Path, calib
     assert "mine.py:boxes failed: ZeroDivisionError: division by zero in line 2." in done.err
     assert "Traceback" not in done.err
     assert sorted(path.name for path in tiny.parent.iterdir()) == ["model.onnx"]
+
+
+TOO_SURE = """\
+def boxes(outputs):
+    (scores,) = outputs.values()
+    return [[0, 0, 4, 4, scores.max(), 1]]
+"""
+
+POOLED = BODY.replace("y = ", "h = ")
+
+
+def test_rows_that_are_no_boxes_are_told_by_every_command(call: Qconv, calib: Path, tmp_path: Path) -> None:
+    """The network puts out 1 to e, and the function takes these for scores."""
+    (tmp_path / "mine.py").write_text(TOO_SURE)
+    model = tmp_path / "m.onnx"
+    model.write_bytes(net(f"{POOLED}  s = Sigmoid(h)  y = Exp(s)").SerializeToString())
+    fed = ("--samples", 4, "--preprocess", "unit")
+    out = tmp_path / "q.onnx"
+    assert call("quantize", model, "--calib", calib, "--effort", "fast", *fed, "-o", out).status == 0
+    (tmp_path / "sweep.toml").write_text("[a]\neffort = 'fast'\n")
+    for words in (
+        ("quantize", model, "--calib", calib),
+        ("quantize", model, "--calib", calib, "--sweep", tmp_path / "sweep.toml"),
+        ("evaluate", model, "--images", calib, "--against", model),
+        ("compare", model, out, "--images", calib),
+        ("diagnose", model, "--calib", calib),
+        ("study-samples", model, "--calib", calib),
+    ):
+        done = call(*words, *fed, "--decode", f"{tmp_path / 'mine.py'}:boxes")
+        assert_error(done, r"mine.py:boxes: row 0 of picture 0 of a batch has the score [12]\.\d+, which is not from")
+
+
+def test_what_a_file_says_beside_the_float_model_is_measured(call: Qconv, calib: Path, tmp_path: Path) -> None:
+    """Scores above 1 are no error of the function where the float model has none."""
+    (tmp_path / "mine.py").write_text(TOO_SURE)
+    for name, body in (("m.onnx", "y = Sigmoid(h)"), ("q.onnx", "s = Sigmoid(h)  y = Exp(s)")):
+        (tmp_path / name).write_bytes(net(f"{POOLED}  {body}").SerializeToString())
+    said = ("--decode", f"{tmp_path / 'mine.py'}:boxes", "--samples", 4, "--preprocess", "unit", "--images", calib)
+    found = call("evaluate", tmp_path / "q.onnx", "--against", tmp_path / "m.onnx", "--json", *said).json
+    assert found["against"]["boxes"] == 1
+    assert_error(
+        call("evaluate", tmp_path / "m.onnx", "--against", tmp_path / "q.onnx", *said), "which is not from 0 to 1"
+    )
 
 
 def test_a_name_without_a_function_is_a_usage_error(call: Qconv, tiny: Path, calib: Path) -> None:

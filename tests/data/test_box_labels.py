@@ -208,15 +208,30 @@ def test_poor_lines_of_yolo(tmp_path: Path, pictures: LabelledPictures, line: st
     [
         (
             {"annotations": [{"id": 1, "image_id": 77, "category_id": 3, "bbox": [0, 0, 1, 1]}]},
-            "of picture 77, which is",
+            "no annotation is of a picture that is listed, but of pictures 77",
         ),
         (
             {"annotations": [{"id": 1, "image_id": 40, "category_id": 4, "bbox": [0, 0, 1, 1]}]},
-            "of category 4, which is",
+            "no annotation is of a category that is listed, but of categories 4",
         ),
+        (
+            {"annotations": [{"id": 1, "category_id": 3}]},
+            "annotation 1 has the image_id None, which is no whole",
+        ),
+        (
+            {"annotations": [{"id": 1, "image_id": "40"}]},
+            "annotation 1 has the image_id '40', which is no whole",
+        ),
+        ({"annotations": [{"id": 1, "image_id": 40}]}, "annotation 1 has the category_id None, which is no whole"),
         ({"annotations": [{"id": 1, "image_id": 40, "category_id": 3}]}, "annotation 1 has the bbox None"),
-        ({"annotations": [{"id": 1, "bbox": [0, 0, -1, 1]}]}, "annotation 1 has the bbox"),
-        ({"annotations": [{"id": 1, "bbox": [0, 0, 10**400, 1]}]}, "annotation 1 has the bbox"),
+        (
+            {"annotations": [{"id": 1, "image_id": 40, "category_id": 3, "bbox": [0, 0, -1, 1]}]},
+            "annotation 1 has the bbox",
+        ),
+        (
+            {"annotations": [{"id": 1, "image_id": 40, "category_id": 3, "bbox": [0, 0, 10**400, 1]}]},
+            "annotation 1 has the bbox",
+        ),
         ({"annotations": None}, "has no list of annotations"),
         ({"categories": [{"id": "x"}]}, "entry of categories has the id 'x'"),
     ],

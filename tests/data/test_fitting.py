@@ -22,12 +22,13 @@ from qconv.config.data_options import (
     Preprocessing,
     PreprocessingOptions,
     ResizeFilter,
+    merge_options,
+    require_letterbox,
 )
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options
 from qconv.data.fitting import choose_scaled_size, find_corner, place_picture
 from qconv.data.images import UnreadableImage, find_placement, load_pixels, read_size
-from qconv.data.model_with_data import merge_options
 from qconv.data.preprocessing import InputSpec, resolve_preprocessing
 from qconv.errors import QconvError
 from qconv.ir import metadata
@@ -131,10 +132,16 @@ def test_the_fill_is_what_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_letterbox_options_without_a_letterbox() -> None:
+    """What is not letterboxed by the user's own word is refused at once, else when it is known what a file says."""
     for said in ({"letterbox_align": "top-left"}, {"letterbox_fill": 0}):
-        with pytest.raises(QconvError, match="with --resize auto is not possible") as caught:
-            PreprocessingOptions(**said)  # type: ignore[arg-type]
+        with pytest.raises(QconvError, match="with --resize exact is not possible") as caught:
+            PreprocessingOptions(resize="exact", **said)  # type: ignore[arg-type]
         assert caught.value.hint == "pass --resize letterbox with it."
+        options = PreprocessingOptions(**said)  # type: ignore[arg-type]
+        require_letterbox(options, "letterbox", "as a file says")
+        with pytest.raises(QconvError, match="resized by --resize 256, as a file says") as caught:
+            require_letterbox(options, 256, "as a file says")
+        assert caught.value.hint == "pass --resize letterbox with it, or leave it out."
     with pytest.raises(QconvError, match="--letterbox-fill 256"):
         PreprocessingOptions(resize="letterbox", letterbox_fill=256)
 
@@ -146,6 +153,10 @@ def test_options_win_over_what_a_file_carries() -> None:
     said = PreprocessingOptions(resize="letterbox", letterbox_align=LetterboxAlign.CENTER)
     assert merge_options(said, told) == replace(told, letterbox_align=LetterboxAlign.CENTER)
     assert merge_options(PreprocessingOptions(), told) == told
+    fill = PreprocessingOptions(letterbox_fill=7)
+    assert merge_options(fill, told) == replace(told, letterbox_fill=7)
+    exact = PreprocessingOptions("raw", resize="exact")
+    assert merge_options(fill, exact) == exact
 
 
 def test_files_carry_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,17 @@ def measured(
     return evaluate(source, EvaluationOptions(data, labels=labels, threads=1, **more), reporter)
 
 
-def by_pycocotools(truth: Path, results: bytes) -> tuple[float, float]:
+def by_pycocotools(truth: Path, results: bytes, pictures: Collection[int] | None = None) -> tuple[float, float]:
+    """mAP and mAP50. pictures: those that count; None for all."""
     pytest.importorskip("pycocotools", reason="needs pycocotools, of the extra qconv[test]")
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
         expected = COCO(str(truth))
-        judge = COCOeval(expected, expected.loadRes(json.loads(results)), "bbox")
+        found = [entry for entry in json.loads(results) if pictures is None or entry["image_id"] in pictures]
+        judge = COCOeval(expected, expected.loadRes(found), "bbox")
+        judge.params.imgIds = sorted(pictures or expected.getImgIds())
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
@@ -87,6 +91,40 @@ def test_every_form_measures_alike_and_as_pycocotools(tmp_path: Path, images: Pa
         other = measured(source, images, labels, **more)
         got = value_of(other.labelled, MAP), value_of(other.labelled, MAP50)
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
+
+
+@needs_library
+def test_parts_of_a_set_measure_as_pycocotools(tmp_path: Path, images: Path) -> None:
+    """A picture is left out of the list, another one of the folder, and a category of theirs: all keep their boxes."""
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    coco = labelled.write_coco(labelled.some_boxes(images), tmp_path / "coco.json")
+    whole = [score.value for score in measured(source, images, coco).labelled]
+    content = json.loads(coco.read_text())
+    (left,) = (entry for entry in content["images"] if entry["file_name"] == "004.png")
+    content["images"].remove(left)
+    content["categories"] = content["categories"][1:]
+    coco.write_text(json.dumps(content))
+    missed = [entry for entry in content["annotations"] if entry["image_id"] == left["id"]]
+    odd = [x for x in content["annotations"] if x not in missed and x["category_id"] == labelled.CATEGORY_IDS[0]]
+    assert missed
+    assert odd
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(labelled.NAMES))
+    (images / "002.png").unlink()
+    there = {entry["id"] for entry in content["images"] if entry["file_name"] != "002.png"}
+    warnings: list[str] = []
+    found = measured(source, images, coco, table=".json", warnings=warnings, classes=names)
+    assert found.predictions is not None
+    values = value_of(found.labelled, MAP), value_of(found.labelled, MAP50)
+    wanted = by_pycocotools(coco, found.predictions.as_table(".json"), there)
+    np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-15)
+    assert values[0] not in (0, whole[0])
+    assert warnings == [
+        "labels of 1 picture are not used: no picture is called so.",
+        f"{len(missed)} annotations in {coco} of pictures that it does not list are left out: {left['id']}.",
+        f"{len(odd)} annotations in {coco} of categories that it does not list are left out: 3.",
+        "1 picture of 5 have no labels, and do not count.",
+    ]
 
 
 @needs_library
@@ -191,6 +229,83 @@ def test_labels_and_pictures_that_do_not_meet(tmp_path: Path, images: Path) -> N
     strange = labelled.write_coco({"x": boxes["000"]}, coco)
     with pytest.raises(QconvError, match=r"has labels of none of the pictures, as .*, but of 1 others"):
         measured(source, images, strange)
+
+
+def state_sizes(boxes: labelled.Boxes, form: str, folder: Path, sizes: dict[str, tuple[object, object]]) -> Path:
+    """Labels in COCO JSON or in VOC that state these widths and heights, by stems."""
+    if form == "coco":
+        path = labelled.write_coco(boxes, folder / "coco.json")
+        content = json.loads(path.read_text())
+        for entry in content["images"]:
+            entry["width"], entry["height"] = sizes[Path(entry["file_name"]).stem]
+        path.write_text(json.dumps(content))
+        return path
+    path = labelled.write_voc(boxes, folder / "voc")
+    for stem, (width, height) in sizes.items():
+        file = path / f"{stem}.xml"
+        stated = f"<annotation><size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
+        file.write_text(file.read_text().replace("<annotation>", stated))
+    return path
+
+
+@pytest.mark.parametrize("form", ["coco", "voc"])
+@needs_library
+def test_boxes_in_pixels_of_another_picture(tmp_path: Path, images: Path, form: str) -> None:
+    """Stated sizes are held against the pictures': half of them, both sides in the other order, or their own."""
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    own = {path.stem: labelled.size_of(path) for path in images.iterdir()}
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(labelled.NAMES))
+
+    def measure(name: str, sizes: dict[str, tuple[object, object]]) -> list[float | None]:
+        folder = tmp_path / name
+        folder.mkdir()
+        labels = state_sizes(labelled.some_boxes(images), form, folder, sizes)
+        return [score.value for score in measured(source, images, labels, classes=names).labelled]
+
+    right = measure("right", {stem: (width, height) for stem, (width, height) in own.items()})
+    assert measure("near", {stem: (width + 1, height - 0.5) for stem, (width, height) in own.items()}) == right
+    assert measure("zero", dict.fromkeys(own, (0, 0))) == right
+    assert measure("none", dict.fromkeys(own, (None, ""))) == right
+    width, height = own["002"]
+    assert width != height
+    one = {**own, "002": (width // 2, height // 2)}
+    told = f"002.png are in pixels of a picture of {width // 2}x{height // 2}, but it is {width}x{height}\\.$"
+    with pytest.raises(QconvError, match=told) as caught:
+        measure("half", one)
+    assert caught.value.hint.startswith("scale boxes")
+    with pytest.raises(QconvError, match=r"\d.png are in .*, and so with 5 of 5 others\.$"):
+        measure("all", {stem: (2 * width, 2 * height) for stem, (width, height) in own.items()})
+    with pytest.raises(QconvError, match=f"but it is {width}x{height} as it is seen upright") as caught:
+        measure("turned", {**own, "002": (height, width)})
+    assert caught.value.hint.startswith("label pictures as they are seen")
+
+
+@needs_library
+def test_boxes_of_a_picture_that_its_exif_turns(tmp_path: Path) -> None:
+    """A camera stores 60x40 and says that it lies on its side: it is seen as 40x60, and labelled so."""
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    folder = tmp_path / "imgs"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "000.jpg", exif=exif)
+    coco = state_sizes({"000": [(1, (2.0, 30.0, 30.0, 58.0))]}, "coco", tmp_path, {"000": (40, 60)})
+    coco.write_text(coco.read_text().replace("000.png", "000.jpg"))
+    assert value_of(measured(source, folder, coco).labelled, MAP) is not None
+    coco.write_text(coco.read_text().replace('"width": 40, "height": 60', '"width": 60, "height": 40'))
+    with pytest.raises(QconvError, match="a picture of 60x40, but it is 40x60 as it is seen upright"):
+        measured(source, folder, coco)
+
+
+@needs_library
+def test_sizes_of_pictures_without_boxes_say_nothing(tmp_path: Path, images: Path) -> None:
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    boxes = {**labelled.some_boxes(images), "001": []}
+    sizes = {path.stem: labelled.size_of(path) for path in images.iterdir()}
+    coco = state_sizes(boxes, "coco", tmp_path, {**sizes, "001": (7, 7)})
+    assert value_of(measured(source, images, coco).labelled, MAP) is not None
 
 
 @needs_library
