@@ -21,7 +21,7 @@ from qconv.ir.model import Node, dims
 from qconv.ir.rewriting import data_input
 
 if TYPE_CHECKING:
-    from qconv.planning.plan import Plan
+    from qconv.planning.plan import LayerPlan, Plan
 
 START_WORK = 10**10
 """What to start, and to load libraries, takes."""
@@ -69,12 +69,19 @@ def multiplications(layers: Iterable[Node]) -> int:
 def measure_shares_in_float(layers: Sequence[Node], plan: Plan) -> tuple[float, float]:
     """The shares of these layers' multiplications that run in float, and of their weights that are stored so.
 
-    layers: all of a network that is folded, and not yet quantized.
+    layers: all of a network that is folded, and not yet quantized. Codes of more than 8 bits count as float where the
+    target is ONNX Runtime, which has no kernels for them.
     """
     stored = {layer.node for layer in plan.layers}
-    run = multiplications(node for node in layers if node not in plan.integer)
+    wide = {layer.node for layer in plan.layers if plan.target.on_ort and _has_wide_codes(layer, plan)}
+    run = multiplications(node for node in layers if node not in plan.integer or node in wide)
     kept = sum(count_weights(node) for node in layers if node not in stored)
     return run / max(1, multiplications(layers)), kept / max(1, sum(map(count_weights, layers)))
+
+
+def _has_wide_codes(layer: LayerPlan, plan: Plan) -> bool:
+    read = None if layer.data is None else plan.activations[layer.data].spec
+    return layer.weight.bits > 8 or (read is not None and read.bits > 8)
 
 
 def quantization_work(layers: Iterable[Node], images: int) -> int:
