@@ -42,7 +42,7 @@ from qconv.data.autodetect import CERTAIN_MARGIN, SHAPE_OPTIONS, detect_preproce
 from qconv.data.label_files import NAME_IMAGES
 from qconv.data.loader import DataLoader
 from qconv.data.model_with_data import ModelWithData
-from qconv.errors import format_count
+from qconv.errors import QconvError, format_count
 from qconv.ir import load
 from qconv.ir import metadata as ir_metadata
 from qconv.ir.files import Source, file_bytes, metadata_of, read_proto, refuse_quantized
@@ -147,6 +147,9 @@ class _DiagnosisRunner:
         base = self._try(proof, asked, Remedy("as asked", {}, ()))
         if base.made.failure is not None:
             raise base.made.failure
+        if not base.trial.scores:
+            fact = f"The outputs of {self.case.source.name} cannot be compared, so that nothing tells what helps."
+            raise QconvError(fact, "pass --labels, or a model that ends where the data select what it returns.")
         proof.reporter = self.reporter.without_warnings()  # the others would warn of the same
         if rather is not None:
             proof.feed_otherwise(held.feed)

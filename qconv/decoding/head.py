@@ -34,10 +34,11 @@ class OutputPart:
         rows: These, where they do not follow each other.
         times: Rows that these are multiplied by before they say anything, as scores are by objectness.
         sure: The scores of the same places, of which the largest says how much a place counts: a cell without an
-            object has a box, too, and nobody reads it. Where any is below zero, they are logits.
+            object has a box, too, and nobody reads it. Where any is below -1 or above 1, they are logits.
         tensor: Which tensor holds the rows; empty for the one at hand. Only scores are looked up elsewhere.
-        places: The axis of places, where scores are laid out in another way than the rows that they belong to: as
-            (N, M), (N, C, M) or (N, M * C) for M places and C classes.
+        places: The axis of places, where scores are laid out in another way than the rows that they belong to: with
+            one of each place, or with an axis of classes, too, or all classes of all places in one row.
+        classes_first: Whether such a row holds class by class, and not place by place; None where that is not known.
     """
 
     name: str
@@ -50,6 +51,7 @@ class OutputPart:
     sure: OutputPart | None = None
     tensor: str = ""
     places: int | None = None
+    classes_first: bool | None = None
 
     def of(self, array: NDArray[Any]) -> NDArray[Any]:
         """These rows of an array."""
@@ -71,13 +73,13 @@ class OutputPart:
         if self.sure is None or source is None or not source.size:
             return pair
         scores = np.nan_to_num(self.sure._product(source))
-        if scores.min() < 0:
+        if np.abs(scores).max() > 1:  # -1 may stand where there is nothing
             scores = sigmoid(scores)
         if self.sure.places is None:
             counts = scores.max(axis=self.sure.axis, keepdims=True)
         else:
-            counts = _spread_over(scores, reference.shape, self.sure.places)
-        weight = np.sqrt(counts)
+            counts = _spread_over(scores, reference.shape, self.sure.places, self.sure.classes_first)
+        weight = np.sqrt(np.maximum(counts, 0.0))
         return pair[0] * weight, pair[1] * weight
 
     def _product(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -87,17 +89,26 @@ class OutputPart:
         return found
 
 
-def _spread_over(scores: NDArray[Any], shape: Sequence[int], axis: int) -> NDArray[Any]:
-    """The best score of each place, to be multiplied with an array of this shape; 1 where scores do not fit to it."""
-    batch, places = shape[0] if axis else 1, shape[axis]
-    spread = [batch if at == 0 and axis else places if at == axis else 1 for at in range(len(shape))]
-    if not batch * places or scores.size % (batch * places):
-        return np.ones((1,) * len(shape))
-    by_class = scores.shape[-1] == places
-    best: NDArray[Any] = (
-        scores.reshape(batch, -1, places).max(1) if by_class else scores.reshape(batch, places, -1).max(2)
-    )
-    return best.reshape(spread)
+def _spread_over(scores: NDArray[Any], shape: Sequence[int], axis: int, classes_first: bool | None) -> NDArray[Any]:
+    """The best score of each place, to be multiplied with an array of this shape.
+
+    1 where it is not known how scores belong to places. axis: of the places. classes_first: as in OutputPart.
+    """
+    places, nothing = shape[axis], np.ones((1,) * len(shape))
+    batch = shape[0] if axis else 1
+    rows = scores if axis else scores[None] if scores.ndim == 1 or scores.shape[0] != 1 else scores
+    if len(rows) != batch or rows.ndim not in (2, 3):
+        return nothing
+    if rows.ndim == 2 and rows.shape[1] != places:
+        if classes_first is None or not places or rows.shape[1] % places:
+            return nothing
+        rows = rows.reshape((batch, -1, places) if classes_first else (batch, places, -1))
+    if rows.ndim == 3:
+        by_class = rows.shape[2] == places and (classes_first is not False or rows.shape[1] != places)
+        if not by_class and rows.shape[1] != places:
+            return nothing
+        rows = rows.max(axis=1 if by_class else 2)
+    return rows.reshape([batch if at == 0 and axis else places if at == axis else 1 for at in range(len(shape))])
 
 
 @dataclass(frozen=True, slots=True)

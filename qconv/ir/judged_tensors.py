@@ -26,10 +26,15 @@ LAYER_OPS = frozenset({"Conv", "ConvTranspose", "Gemm"})
 
 @dataclass(frozen=True, slots=True)
 class SelectedBy:
-    """What selects the places of a tensor. scores: of these places. axis: of the tensor, along which places lie."""
+    """What selects the places of a tensor.
+
+    scores: of these places. axis: of the tensor, along which places lie. classes_first: how scores of all classes lie
+    in one row, class by class or place by place; None where that is not known.
+    """
 
     scores: Value
     axis: int
+    classes_first: bool | None = None
 
 
 def find_judged_tensors(model: Model) -> list[Value]:
@@ -83,7 +88,7 @@ class _SelectionSearch:
             return False
         data = [v for v in node.inputs if v is not None and constant_array(v) is None]
         if op_type == "NonMaxSuppression":
-            self._judge(data[0], SelectedBy(data[1], 1) if len(data) > 1 else None)
+            self._judge(data[0], SelectedBy(data[1], 1, classes_first=True) if len(data) > 1 else None)
             for value in data[1:]:
                 self._judge(value)
             return True
@@ -92,8 +97,7 @@ class _SelectionSearch:
             return True
         selected = [self.is_selected(value) for value in data]
         if op_type in PICKING_OPS and len(data) == 2 and selected[1] and not selected[0]:
-            scores, axis = self._scores_behind(data[1]), _picked_axis(node)
-            self._judge(data[0], None if scores is None or axis is None else SelectedBy(scores, axis))
+            self._judge(data[0], self._selected_by(data[1], _picked_axis(node)))
         return any(selected)
 
     def _judge(self, value: Value, selected: SelectedBy | None = None) -> None:
@@ -105,14 +109,21 @@ class _SelectionSearch:
         if self.read.get(value) is None:
             self.read[value] = selected
 
-    def _scores_behind(self, places: Value) -> Value | None:
-        """The scores by which places are selected: what a TopK reads, or a NonMaxSuppression as its scores."""
-        for node in _nodes_behind(places):
-            at = {"TopK": 0, "NonMaxSuppression": 1}.get(standard_op_type(node))
-            if at is not None and at < len(node.inputs):
-                scores = node.inputs[at]
-                if scores is not None and not self.is_selected(scores):
-                    return scores
+    def _selected_by(self, places: Value, axis: int | None) -> SelectedBy | None:
+        """The scores by which places are selected: what a TopK reads, or a NonMaxSuppression as its scores.
+
+        Of a row of all places and classes, the place is the remainder by their number if classes lie behind each other,
+        and else the quotient by the number of classes.
+        """
+        passed: set[str] = set()
+        for node in _nodes_behind(places) if axis is not None else ():
+            op_type = standard_op_type(node)
+            at = {"TopK": 0, "NonMaxSuppression": 1}.get(op_type)
+            scores = None if at is None else input_of(node, at)
+            if scores is not None and axis is not None and not self.is_selected(scores):
+                told = {frozenset({"Mod"}): True, frozenset({"Div"}): False}.get(frozenset(passed & {"Mod", "Div"}))
+                return SelectedBy(scores, axis, True if op_type == "NonMaxSuppression" else told)
+            passed.add(op_type)
         return None
 
 

@@ -56,6 +56,8 @@ def find_parts(output: ModelOutput, array: NDArray[Any]) -> tuple[OutputPart, ..
 
 def _split_by_power(array: NDArray[Any]) -> tuple[OutputPart, ...]:
     """Two parts: the rows with about the largest power, and those far below; none where all are alike."""
+    if not array.size:
+        return ()
     axis = min(range(1, array.ndim), key=lambda at: array.shape[at] if array.shape[at] > 1 else array.size)
     if not 2 <= array.shape[axis] <= MOST_ROWS:
         return ()
@@ -73,7 +75,8 @@ def add_selected_parts(parts: Parts, model: Model) -> Parts:
     found = dict(parts)
     for value, selected in find_selections(model).items():
         if selected is not None and value.name not in found:
-            scores = OutputPart("scores", tensor=selected.scores.name or "", places=selected.axis)
+            of_scores, layout = selected.scores.name or "", selected.classes_first
+            scores = OutputPart("scores", tensor=of_scores, places=selected.axis, classes_first=layout)
             found[value.name or ""] = (OutputPart("selected", sure=scores),)
     return found
 

@@ -60,8 +60,14 @@ class AccuracyScores:
 
     @property
     def decibel(self) -> Score | None:
-        """The worst output's first score in dB; None where all outputs are equal."""
+        """The worst output's first score in dB; None where all outputs are equal, or are no numbers with noise."""
         return self._first(DECIBEL)
+
+    @property
+    def equal(self) -> bool:
+        """Whether something was compared, and nothing differs."""
+        compared = [output for output in self.outputs if output.scores]
+        return bool(compared) and all(output.equal for output in compared)
 
     def _first(self, unit: str) -> Score | None:
         found = worst_scores(output.scores for output in self.outputs)
@@ -210,7 +216,9 @@ def _format_trial(trial: Trial) -> str:
     score = None if trial.ranked_by is None else find_score(trial.scores, trial.ranked_by)
     if score is not None and score.value is not None:
         return score.in_words()
-    return "equal" if trial.equal or trial.sqnr_db is None else SQNR.format(trial.sqnr_db)
+    if trial.equal:
+        return "equal"
+    return "not compared" if trial.sqnr_db is None else SQNR.format(trial.sqnr_db)
 
 
 def _format_noise(trial: Trial, before: str = "") -> str:
@@ -274,13 +282,17 @@ def make_accuracy_tile(scores: AccuracyScores) -> Tile:
     on = f"on {scores.images} {scores.kind}"
     if share is None or share.value is None:
         if decibel is None:
+            if not scores.equal:
+                return Tile("accuracy", "not compared", f"no output could be, {on}")
             return Tile("accuracy", "equal", f"SQNR of the outputs, {on}", "good")
         span = f"{decibel.metric.label} of the outputs{_format_span(decibel)}, {on}"
         return Tile("accuracy", decibel.in_words("{}"), span, _choose_score_tone(decibel))
-    told = "outputs are equal" if decibel is None else f"{decibel.in_words()}{_format_span(decibel)}"
-    return Tile(
-        share.metric.label, share.in_words("{}"), f"{on}{_format_span(share, 0)}; {told}", _choose_score_tone(share)
-    )
+    told = [f"{on}{_format_span(share, 0)}"]
+    if decibel is not None:
+        told.append(f"{decibel.in_words()}{_format_span(decibel)}")
+    elif scores.equal:
+        told.append("outputs are equal")
+    return Tile(share.metric.label, share.in_words("{}"), "; ".join(told), _choose_score_tone(share))
 
 
 def make_labels_tiles(found: LabelledScores) -> tuple[Tile, ...]:

@@ -44,7 +44,9 @@ def _describe_outputs(found: Comparison) -> str:
     worst = worst_scores(output.scores for output in found.outputs)
     got = "equal" if found.sqnr_db is None else f"{found.sqnr_db:.1f} dB"
     told, place = f"SQNR of the outputs: {got}.", ""
-    if worst and find_score(worst, SQNR) is None:  # whole numbers, such as classes, have no noise
+    if not worst:
+        told = "No output could be compared."
+    elif find_score(worst, SQNR) is None:  # whole numbers, such as classes, have no noise
         told = f"{worst[0].metric.label.capitalize()} of the outputs: {worst[0].metric.format(worst[0].value, 2)}."
         place = ", in front of the whole numbers"
     sum_of = "equal" if found.predicted_db is None else f"{found.predicted_db:.1f} dB"

@@ -82,9 +82,9 @@ class Trial:
 
     @property
     def equal(self) -> bool:
-        """Whether outputs do not differ from the float model's."""
-        beside = (score for score in self.scores if not score.metric.by_labels)
-        return not self.failed and all(score.shows_no_difference for score in beside)
+        """Whether something was compared with the float model, and nothing differs."""
+        beside = [score for score in self.scores if not score.metric.by_labels]
+        return not self.failed and bool(beside) and all(score.shows_no_difference for score in beside)
 
     @property
     def noise_db(self) -> float:

@@ -82,37 +82,70 @@ def test_another_shape_has_no_errors_but_its_places() -> None:
     assert sum_errors(PARTS, ["y", "z"], [ref, ref], [ref[:, :, :2], ref]).tolist() == [[0, 0, 0], [0, 0, 0], [6, 0, 6]]
 
 
+BOXES = np.float32([[[1, 1], [5, 5], [2, 2]]])
+MOVED = np.float32([[[2, 1], [9, 0], [2, 0]]])
+
+
 @pytest.mark.parametrize(
-    ("scores", "places"),
+    ("scores", "places", "classes_first"),
     [
-        ([[[0.9, 0.1], [0.0, 0.0], [0.25, 0.2]]], None),  # (N, A, C), as boxes are laid out
-        ([[0.9, 0.0, 0.25]], 1),  # (N, M)
-        ([[[0.9, 0.0, 0.1], [0.1, 0.0, 0.25]]], 1),  # (N, C, M)
-        ([[0.1, 0.9, 0.0, 0.0, 0.25, 0.2]], 1),  # (N, M * C)
+        ([[[0.9, 0.1], [0.0, 0.0], [0.25, 0.2]]], None, None),  # (N, M, C), as boxes are laid out
+        ([[0.9, 0.0, 0.25]], 1, None),  # (N, M)
+        ([[[0.9, 0.0, 0.1], [0.1, 0.0, 0.25]]], 1, None),  # (N, C, M)
+        ([[[0.9, 0.1], [0.0, 0.0], [0.25, 0.2]]], 1, None),  # (N, M, C)
+        ([[[0.9, 0.0, 0.0], [0.1, 0.0, 0.0], [0.1, 0.0, 0.25]]], 1, True),  # as many classes as places
+        ([[[0.9, 0.1, 0.1], [0.0, 0.0, 0.0], [0.0, 0.0, 0.25]]], 1, False),
+        ([[0.1, 0.9, 0.0, 0.0, 0.25, 0.2]], 1, False),  # (N, M * C)
+        ([[0.1, 0.0, 0.25, 0.9, 0.0, 0.2]], 1, True),  # (N, C * M)
     ],
 )
-@pytest.mark.parametrize("logits", [False, True])
+@pytest.mark.parametrize("form", ["scores", "logits", "masked"])
 def test_scores_of_another_tensor_say_how_much_boxes_count(
-    scores: list[object], places: int | None, logits: bool
+    scores: list[object], places: int | None, classes_first: bool | None, form: str
 ) -> None:
     """Of three places one shows nothing: 0.9 * 1 + 0.25 * 4 of noise, over powers with the same weights."""
-    ref, got = np.float32([[[1, 1], [5, 5], [2, 2]]]), np.float32([[[2, 1], [9, 0], [2, 0]]])
-    parts = {
-        "b": (
-            OutputPart("boxes", 2, sure=OutputPart("scores", 2 if places is None else -1, tensor="s", places=places)),
-        )
-    }
+    source = OutputPart("scores", 2 if places is None else -1, tensor="s", places=places, classes_first=classes_first)
+    parts = {"b": (OutputPart("boxes", 2, sure=source),)}
     said = np.array(scores)
-    if logits:
+    if form == "logits":
         with np.errstate(divide="ignore"):
             said = np.log(said / (1 - said))
-    found = sum_errors(parts, ["s", "b"], [said, ref], [said, got])[1]
+    elif form == "masked":
+        said = np.where(said > 0, said, -1)
+    found = sum_errors(parts, ["s", "b"], [said, BOXES], [said, MOVED])[1]
     assert found == pytest.approx([0.9 * 2 + 0.25 * 8, 0.9 * 1 + 0.25 * 4, 0.9 * 5 + 0.25 * 4])
-    alone = sum_errors(parts, ["b"], [ref], [got])[0]
-    assert alone == pytest.approx([2 + 50 + 8, 1 + 41 + 4, 5 + 81 + 4])  # nobody says how much any counts
-    assert sum_errors(parts, ["b"], [ref], [got], {"s": said})[0] == pytest.approx(found)
-    if places is not None:
-        assert sum_errors(parts, ["s", "b"], [said[..., :1], ref], [said[..., :1], got])[1] == pytest.approx(alone)
+    assert sum_errors(parts, ["b"], [BOXES], [MOVED], {"s": said})[0] == pytest.approx(found)
+
+
+ALIKE = [2 + 50 + 8, 1 + 41 + 4, 5 + 81 + 4]
+"""Signal, noise and signal of the other side, where each place counts as 1."""
+
+
+@pytest.mark.parametrize(
+    "scores", [[[0.9, 0.1]], [[0.1, 0.9, 0.0, 0.0, 0.25, 0.2]], [[[0.1, 0.2]]], [[[[0.1] * 3]]], [0.5]]
+)
+def test_scores_of_an_unknown_layout_count_for_nothing(scores: list[object]) -> None:
+    parts = {"b": (OutputPart("boxes", sure=OutputPart("scores", tensor="s", places=1)),)}
+    said = np.array(scores)
+    assert sum_errors(parts, ["s", "b"], [said, BOXES], [said, MOVED])[1] == pytest.approx(ALIKE)
+    assert sum_errors(parts, ["b"], [BOXES], [MOVED])[0] == pytest.approx(ALIKE)  # nor those that nobody tells
+
+
+@pytest.mark.parametrize(
+    ("scores", "weighed"),
+    [
+        ([0.9, 0.0, 0.25], True),
+        ([[0.9, 0.0, 0.25]], True),
+        ([[0.9, 0.0, 0.1], [0.1, 0.0, 0.25]], True),
+        ([[[0.9, 0.0, 0.1], [0.1, 0.0, 0.25]]], True),
+        ([[[0.9], [0.0], [0.25]], [[0.9], [0.0], [0.25]]], False),  # of two pictures, boxes in one row
+    ],
+)
+def test_boxes_without_an_axis_of_pictures(scores: list[object], weighed: bool) -> None:
+    parts = {"b": (OutputPart("boxes", sure=OutputPart("scores", tensor="s", places=0)),)}
+    said = np.array(scores)
+    found = sum_errors(parts, ["s", "b"], [said, BOXES[0]], [said, MOVED[0]])[1]
+    assert found == pytest.approx([0.9 * 2 + 0.25 * 8, 0.9 * 1 + 0.25 * 4, 0.9 * 5 + 0.25 * 4] if weighed else ALIKE)
 
 
 def test_what_the_last_concat_joins_are_parts() -> None:
@@ -131,6 +164,7 @@ def test_rows_with_hundredfold_powers_are_parts() -> None:
     rows = np.float32([1, 10, 1])[None, :, None] * np.ones((1, 3, 50), np.float32)
     assert [(part.name, part.rows) for part in find_parts(output, rows)] == [("large", (1,)), ("small", (0, 2))]
     assert find_parts(output, np.maximum(rows, 2)) == ()
+    assert find_parts(output, rows[..., :0]) == ()
     assert find_parts(output, np.minimum(rows, np.float32([0, 10, 0])[None, :, None])) == ()  # nothing is no part
 
 
