@@ -341,7 +341,9 @@ class _DiagnosisRunner:
         if self.case.layer_bits is not None:
             said += ["--layer-bits", self.case.layer_bits]
         labels = () if self.case.images else LABEL_OPTIONS  # those of other pictures, which quantize does not take
-        steering = [word for name in (*labels, "batch", "threads") for word in _format_given_option(name, asked)]
+        steering = [
+            word for name in ("decode", *labels, "batch", "threads") for word in _format_given_option(name, asked)
+        ]
         return shlex.join(["qconv", "quantize", self.case.source.name, *calib, *said, *steering])
 
     def _conclusion(self, best: _RemedyAttempt) -> str:

@@ -20,12 +20,20 @@ from qconv.decoding.boxes import Detections
 from qconv.errors import QconvError
 from qconv.metrics.classification import PredictionRecorder, Predictions, count_won_and_lost, score_classes
 from qconv.metrics.comparison import EVALUATED, ComparisonAccumulator
-from qconv.metrics.demands import check_gates, require_measures
+from qconv.metrics.demands import check_gates, make_no_boxes_error, require_measures
 from qconv.metrics.detection_table import DetectionTable
-from qconv.metrics.labelled import BoxMeasure, FittedLabels, MaskMeasure, OpenedLabels, place_detections
+from qconv.metrics.labelled import (
+    BoxMeasure,
+    FittedLabels,
+    MaskMeasure,
+    OpenedLabels,
+    place_detections,
+    tell_of_misfit,
+)
 from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
 from qconv.reporter import Reporter
 from qconv.results.quantize import OutputScore
+from qconv.results.scores import BOXES, find_score
 from qconv.runtime.outputs import MAP_KINDS, ModelOutput, find_class_vector
 from qconv.runtime.session import Session
 
@@ -161,12 +169,21 @@ class Judge:
         if self.labels is not None:
             self._judge_labels(result, self.labels)
         result.gates = check_gates(result.as_verification, self.request)
+        self._require_boxes_of_float(result)
         classified = None if self.vector is None else self.seen
         outputs, offset = self.own.session.outputs, self.request.label_offset
         result.predictions = Predictions(
             left, numbers, self.classes, offset, classified, self.its, outputs, self.kept, self.table
         )
         return result
+
+    def _require_boxes_of_float(self, result: Evaluation) -> None:
+        """Raise QconvError for a gate beside boxes of which the float model has none, as quantize does."""
+        boxes = result.heads and find_score(result.heads[0].scores, BOXES)
+        beside = {"min-boxes", *(() if self.labels is not None else ("min-map",))}
+        unmet = next((gate.name for gate in result.gates if gate.name in beside and gate.got is None), None)
+        if unmet is not None and self.network is not None and self.network.head is not None and boxes:
+            raise make_no_boxes_error(f"--{unmet}", self.network.head)
 
     def _class_labels(self, paths: Sequence[Path], outputs: int) -> NDArray[np.int64] | None:
         return labels_of(paths, self.request.data, self.classes, self.request.labelling, outputs)
@@ -184,6 +201,7 @@ class Judge:
         labels.finish(self.reporter.warn)
         result.labels = labels.words
         result.labelled = self.measures[0].scores()
+        tell_of_misfit(self.measures[-1].scores(), labels.words, self.reporter.warn)
         if self.other is not None:
             result.other_labelled = self.measures[1].scores()
             result.differences = self.measures[0].differences(self.measures[1])  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from qconv.config.choices import option_name
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import class_folders_of, find_classes
+from qconv.decoding.head import Head
 from qconv.errors import QconvError
 from qconv.metrics.average_precision import require_detect_extra
 from qconv.metrics.network_outputs import NO_DECODER_HINT, NetworkOutputs
@@ -201,8 +202,13 @@ def require_boxes(
         return
     shown = (x for said in outputs for x in head.read(network.by_name(said), head.usual_score, reference=True))
     if not any(map(len, shown)):
-        fact = f"{option} needs boxes, and the float model shows none above {head.usual_score:g} on these pictures."
-        raise QconvError(fact, "pass pictures of what it finds, fed as in training, or ask for decibels.")
+        raise make_no_boxes_error(option, head)
+
+
+def make_no_boxes_error(option: str, head: Head) -> QconvError:
+    """Build the error for an option that needs boxes of the float model, which shows none."""
+    fact = f"{option} needs boxes, and the float model shows none above {head.usual_score:g} on these pictures."
+    return QconvError(fact, "pass pictures of what it finds, fed as in training, or ask for decibels.")
 
 
 def check_gates(verification: Verification, asked: Any) -> list[Gate]:

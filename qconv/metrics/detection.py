@@ -91,7 +91,7 @@ class DetectionComparison:
             return (Score(BOXES, None),)
         rows = np.array(self.rows, np.float64)
         span = bootstrap_interval(rows, lambda sums: sums[:, 0] / sums[:, 1]) if spans else None
-        return (Score(BOXES, found / whole, span), *self._precision_score(spans=spans))
+        return (Score(BOXES, found / whole, span, whole), *self._precision_score(spans=spans))
 
     def _precision_score(self, *, spans: bool) -> tuple[Score, ...]:
         """mAP beside the float model's boxes; nothing where it cannot be computed."""

@@ -39,7 +39,7 @@ from qconv.errors import QconvError, format_count
 from qconv.metrics.average_precision import AveragePrecision, require_detect_extra
 from qconv.metrics.network_outputs import NO_DECODER_HINT, BatchOutputs, NetworkOutputs
 from qconv.metrics.segmentation import LabelledMiou
-from qconv.results.scores import Score
+from qconv.results.scores import MAP, MIOU, Score
 from qconv.runtime.outputs import MAP_KINDS, ModelOutput
 
 Warn = Callable[[str], None]
@@ -129,6 +129,20 @@ class MaskMeasure:
     def differences(self, other: MaskMeasure) -> tuple[Score, ...]:
         """Of both."""
         return self.totals.differences(other.totals)
+
+
+def tell_of_misfit(of_float: Sequence[Score], words: str, warn: Warn) -> None:
+    """Warn where the float model itself finds next to nothing of what is labelled. words: on the labels."""
+    score = next(iter(of_float), None)
+    if score is None or score.metric not in MISFITS or score.value is None:
+        return
+    if score.value < MISFITS[score.metric]:
+        told = f"the float model has {score.metric.label} {score.metric.format(score.value)} by {words}"
+        warn(f"{told}: they, the order of their classes or the preprocessing may not be the model's.")
+
+
+MISFITS = {MAP: 0.02, MIOU: 0.02}
+"""Below which labels hardly suit a trained network. Boxes at random have less, a map of one class by chance more."""
 
 
 @dataclass(frozen=True, slots=True)

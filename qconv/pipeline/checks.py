@@ -26,7 +26,7 @@ from qconv.planning.planner import KEPT_FLOAT_BY_OPTION, is_quantizable_layer
 from qconv.quantizer import SMALLEST_SCALE
 from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, Verification
-from qconv.results.scores import AGREEMENT
+from qconv.results.scores import AGREEMENT, BOXES
 from qconv.search.candidate import QuantizationSolution
 
 
@@ -189,6 +189,8 @@ def warn_of_result(checked: Verification, sizes: tuple[int, int], advice: str, r
     for output in checked.outputs:
         if output.remark:
             reporter.warn(f"output {output.name}: {output.remark}.")
+    if any(score.metric == BOXES and score.value is None for score in checked.scores):
+        reporter.warn("the float model shows no box on these pictures, so that none can be compared.")
     # a few pictures between two classes move an agreement, which says little beside other measures
     decisive = [score for score in checked.scores if score.metric != AGREEMENT] or list(checked.scores)
     labelled = checked.labelled

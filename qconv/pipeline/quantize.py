@@ -27,6 +27,7 @@ from qconv.ir.model import Model
 from qconv.ir.original import open_original
 from qconv.metrics.comparison import describe_differing_runs, verify
 from qconv.metrics.demands import check_gates, require_extras
+from qconv.metrics.labelled import tell_of_misfit
 from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
@@ -334,6 +335,8 @@ class _QuantizationRun:
             checked = _verify_staged(staged, original, self.recipe, pictures, self.target)
             if pictures.labels is not None:
                 pictures.labels.finish(self.reporter.warn)
+                if checked.labelled is not None:
+                    tell_of_misfit(checked.labelled.float_scores, checked.labelled.words, self.reporter.warn)
             self._warn_of_chance(original)
         warn_of_vain_keep_float(plan, audited, self.reporter)
         warn_of_vain_pack(plan, self.recipe, self.reporter)

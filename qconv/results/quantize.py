@@ -74,7 +74,8 @@ class OutputScore:
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
         parts = [_as_row(part) for part in self.parts]
-        return {"name": self.name, "kind": self.kind, **as_values(self.scores), "parts": parts}
+        counts = {f"{score.name}_count": score.count for score in self.scores if score.count is not None}
+        return {"name": self.name, "kind": self.kind, **as_values(self.scores), **counts, "parts": parts}
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,11 +78,16 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A value of a metric. value: None where nothing differs, and that has no number. interval: at 95 %."""
+    """A value of a metric.
+
+    value: None where nothing differs, and that has no number. interval: at 95 %. count: of how many things a share is;
+    None where that is not told.
+    """
 
     metric: Metric
     value: float | None
     interval: Interval | None = None
+    count: int | None = None
 
     @property
     def name(self) -> str:
@@ -120,7 +125,7 @@ class Score:
     def in_words(self, template: str = "") -> str:
         """The value, within `template`, or else behind the metric's label."""
         own = f"{self.metric.label} {{}}{' by labels' if self.metric.by_labels else ''}"
-        return (template or own).format(self.metric.format(self.value))
+        return (template or own).format(self.metric.format(self.value), "" if self.count is None else f"{self.count} ")
 
 
 SQNR = Metric("sqnr_db", "SQNR", DECIBEL, brief="{}", good=20.0, poor=10.0, useless=3.0, rank=1)
@@ -144,7 +149,7 @@ BOXES = Metric(
     "boxes",
     SHARE,
     equal=1.0,
-    sentence="finds {} of the float model's boxes",
+    sentence="finds {} of the float model's {}boxes",
     brief="boxes {}",
     good=0.98,
     poor=0.95,

@@ -28,6 +28,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import request_fields
 from qconv.data.dataset import find_files
+from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline import collect, quantize
 from qconv.reporter import Reporter
@@ -614,3 +615,18 @@ def test_channels_of_8_bits_take_no_bits_from_others(tmp_path: Path, samples: Pa
 def test_embedding_comes_after_a_diagnosis() -> None:
     result = runner().invoke(cli, ["diagnose", "m.onnx", "--calib", "s", "--embed-preprocessing", "nchw"])
     assert result.exit_code == 2
+
+
+def test_outputs_that_cannot_be_compared_are_not_called_equal(tmp_path: Path, samples: Path) -> None:
+    """With two bits another number of places is above zero on every picture."""
+    body = "c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) k = NonZero(r) t = Transpose(k) y = GatherND(r, t)"
+    model = saved(network(body, x=PICTURE, w=drawn(1, 16, 3, 3, 3)), tmp_path)
+    few = ("--weight-bits", "2", "--activation-bits", "2", "--edge-bits", "2")
+    done = runner().invoke(cli, ["diagnose", str(model), "--calib", str(samples), *few])
+    assert isinstance(done.exception, QconvError)
+    assert "cannot be compared, so that nothing tells what helps." in str(done.exception)
+    out = tmp_path / "q.onnx"
+    invoked("quantize", model, "--calib", samples, *few, "-o", out)
+    told = invoked("compare", model, out, "--images", samples).stdout
+    assert "No output could be compared." in told
+    assert "outputs: equal" not in told

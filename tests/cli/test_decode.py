@@ -47,6 +47,7 @@ def test_quantize_counts_boxes(call: Qconv, tiny: Path, calib: Path, decoder: Pa
     assert output["kind"] == "detections"
     (head,) = found["verify"]["heads"]
     assert 0 <= head["boxes"] <= 1
+    assert head["boxes_count"] == found["verify"]["images"]  # one a picture
     assert "decode" not in str(found["recipe"])
 
 
@@ -120,6 +121,26 @@ def test_rows_that_are_no_boxes_are_told_by_every_command(call: Qconv, calib: Pa
     ):
         done = call(*words, *fed, "--decode", f"{tmp_path / 'mine.py'}:boxes")
         assert_error(done, r"mine.py:boxes: row 0 of picture 0 of a batch has the score [12]\.\d+, which is not from")
+
+
+def test_a_float_model_without_boxes_is_told(call: Qconv, tiny: Path, calib: Path, tmp_path: Path) -> None:
+    """A gate cannot be held by boxes that nobody shows: that is an error in how the model is fed or read."""
+    (tmp_path / "mine.py").write_text("def boxes(outputs):\n    return []\n")
+    said = ("--decode", f"{tmp_path / 'mine.py'}:boxes")
+    done = call("quantize", tiny, "--calib", calib, *QUICK, *said, "-o", tmp_path / "q.onnx")
+    assert done.status == 0
+    assert "the float model shows no box on these pictures" in done.err
+    pair = ("evaluate", tmp_path / "q.onnx", "--against", tiny, "--images", calib, *said)
+    for gate in ("--min-boxes", "--min-map"):
+        assert_error(call(*pair, gate, 0.5), f"{gate} needs boxes, and the float model shows none above 0.25")
+
+
+def test_the_command_that_a_diagnosis_prints_has_the_decoder(
+    call: Qconv, tiny: Path, calib: Path, decoder: Path
+) -> None:
+    said = ("--decode", f"{decoder}:boxes")
+    found = call("diagnose", tiny, "--calib", calib, *QUICK, *said, "--json").json
+    assert " ".join(said) in found["recommended"]
 
 
 def test_what_a_file_says_beside_the_float_model_is_measured(call: Qconv, calib: Path, tmp_path: Path) -> None:

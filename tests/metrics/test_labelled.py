@@ -22,11 +22,11 @@ from qconv.decoding.head import NetworkFacts
 from qconv.decoding.suppressed import match as match_suppressed
 from qconv.errors import QconvError
 from qconv.ir.files import Source
-from qconv.metrics.labelled import find_model_classes
+from qconv.metrics.labelled import find_model_classes, tell_of_misfit
 from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.report.text import format_evaluation
 from qconv.reporter import Reporter
-from qconv.results.scores import MAP, MAP50, value_of
+from qconv.results.scores import MAP, MAP50, MIOU, TOP1, Metric, Score, value_of
 from qconv.runtime.outputs import ModelOutput
 from tests.support import labelled
 
@@ -70,6 +70,27 @@ def by_pycocotools(truth: Path, results: bytes, pictures: Collection[int] | None
         judge.accumulate()
         judge.summarize()
     return float(judge.stats[0]), float(judge.stats[1])
+
+
+MISFIT = "they, the order of their classes or the preprocessing may not be the model's."
+"""How a warning ends: these networks have random weights."""
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        ([(MAP, 0.019)], [f"the float model has mAP 1.9% by boxes.json: {MISFIT}"]),
+        ([(MIOU, 0.0)], [f"the float model has mIoU 0.0% by boxes.json: {MISFIT}"]),
+        ([(MAP, 0.02), (MAP50, 0.0)], []),
+        ([(MAP, None)], []),
+        ([(TOP1, 0.0)], []),
+        ([], []),
+    ],
+)
+def test_labels_that_do_not_suit_the_float_model(scores: list[tuple[Metric, float | None]], words: list[str]) -> None:
+    warnings: list[str] = []
+    tell_of_misfit([Score(*pair) for pair in scores], "boxes.json", warnings.append)
+    assert warnings == words
 
 
 @needs_library
@@ -119,6 +140,7 @@ def test_parts_of_a_set_measure_as_pycocotools(tmp_path: Path, images: Path) -> 
     wanted = by_pycocotools(coco, found.predictions.as_table(".json"), there)
     np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-15)
     assert values[0] not in (0, whole[0])
+    assert warnings.pop().endswith(MISFIT)
     assert warnings == [
         "labels of 1 picture are not used: no picture is called so.",
         f"{len(missed)} annotations in {coco} of pictures that it does not list are left out: {left['id']}.",
@@ -219,13 +241,15 @@ def test_labels_and_pictures_that_do_not_meet(tmp_path: Path, images: Path) -> N
     coco = labelled.write_coco({"x": boxes["000"], "001": boxes["001"]}, tmp_path / "coco.json")
     warnings: list[str] = []
     measured(source, images, coco, warnings=warnings)
+    assert warnings.pop().endswith(MISFIT)
     assert warnings == [
         "labels of 1 picture are not used: no picture is called so.",
         "5 pictures of 6 have no labels, and do not count.",
     ]
     warnings.clear()
     drawn = measured(source, images, labelled.write_coco(boxes, coco), warnings=warnings, samples=2)
-    assert (drawn.images, warnings) == (2, [])  # of a draw it is no news
+    left = [text for text in warnings if not text.endswith(MISFIT)]
+    assert (drawn.images, left) == (2, [])  # of a draw it is no news
     strange = labelled.write_coco({"x": boxes["000"]}, coco)
     with pytest.raises(QconvError, match=r"has labels of none of the pictures, as .*, but of 1 others"):
         measured(source, images, strange)
