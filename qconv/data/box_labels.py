@@ -174,7 +174,7 @@ def require_stated_sizes(written: WrittenLabels, sizes: Mapping[Path, Size], sou
     turned = (own_width, own_height) == (height, width)
     seen = " as it is seen upright" if turned else ""
     fix = (
-        "label pictures as they are seen, turned by their EXIF, or store them so"
+        "where EXIF turns pictures, label them as they are seen, and else mend the sizes"
         if turned
         else "scale boxes as their pictures were scaled"
     )

@@ -49,7 +49,7 @@ class Gate:
         if self.float_held:
             return f"; the float model has {self.of_float:.4g}"
         why = "no quantized file can be expected to reach it"
-        return f"; the float model itself has {self.of_float:.4g}, so that {why}"
+        return f"; the float model itself has {self.of_float:.4g} on these pictures, so that {why}"
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""

@@ -112,7 +112,8 @@ def test_a_gate_on_map_is_by_labels(call: Qconv, tmp_path: Path, images: Path, d
     assert gate == {**named, "float": told["float"]["map"], "float_held": False}
     assert 0.05 < gate["got"] < 0.9 < beside["got"]
     assert (beside["float"], beside["float_held"]) == (None, None)
-    excuse = f"the float model itself has {gate['float']:.4g}, so that no quantized file can be expected to reach it"
+    floats = f"the float model itself has {gate['float']:.4g} on these pictures"
+    excuse = f"{floats}, so that no quantized file can be expected to reach it"
     assert f"got {gate['got']:.4g}; {excuse}" in done.err
     assert excuse in " ".join(call(*words[:-1], "--labels", coco).out.decode().split())
 

@@ -15,8 +15,8 @@ from qconv.results.gates import Gate
         (
             0.49,
             False,
-            "Gate fell short: --min-map 0.5, got 0.25; the float model itself has 0.49, so that no quantized file can "
-            "be expected to reach it.",
+            "Gate fell short: --min-map 0.5, got 0.25; the float model itself has 0.49 on these pictures, so that no "
+            "quantized file can be expected to reach it.",
         ),
     ],
 )
