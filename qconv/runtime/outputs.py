@@ -217,6 +217,7 @@ class ModelOutput:
             self._as_integers,
             self._as_keypoints,
             self._as_foreground,
+            self._as_rows,
             self._as_numbers,
             self._as_features,
             self._as_picture,
@@ -270,6 +271,12 @@ class ModelOutput:
         linear = set(self._operators) <= {"Resize", "Add", "Conv"} and self.origin is not None
         if channels == 3 and whole and linear and self.origin is not None and self.origin.kernel == 1:
             return OutputKind.CLASS_MAP, "a 1x1 Conv gives one channel of the input's size: foreground above 0"
+        return None
+
+    def _as_rows(self) -> Decision | None:
+        """Rows that are picked by places which the network computes, as boxes behind NonMaxSuppression are."""
+        if self._is_vector and self._operators[-1:] and self._operators[-1] in ("Gather", "GatherND", "Compress"):
+            return OutputKind.REGRESSION, "the data select its rows, which are no pictures therefore"
         return None
 
     def _as_numbers(self) -> Decision | None:

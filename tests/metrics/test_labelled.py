@@ -302,7 +302,7 @@ def test_boxes_in_pixels_of_another_picture(tmp_path: Path, images: Path, form: 
         measure("all", {stem: (2 * width, 2 * height) for stem, (width, height) in own.items()})
     with pytest.raises(QconvError, match=f"but it is {width}x{height} as it is seen upright") as caught:
         measure("turned", {**own, "002": (height, width)})
-    assert caught.value.hint.startswith("label pictures as they are seen")
+    assert caught.value.hint.startswith("where EXIF turns pictures, label them as they are seen")
 
 
 @needs_library

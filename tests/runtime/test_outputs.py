@@ -116,6 +116,9 @@ def test_other_types_and_shapes() -> None:
     assert output(f"{HEAD} y = ArgMax<axis=1>(f)").kind is OutputKind.INTEGER  # of a picture
     assert output("y = ReduceMean<axes=[2, 3]>(x)").kind is SCORES  # 3 numbers may be classes
     assert output("y = ReduceMean<axes=[3], keepdims=0>(x)").kind is NUMBERS
+    chosen = "p = ReduceMax<axes=[1], keepdims=0>(f) z = NonZero(p) t = Transpose(z) y = GatherND(f, t)"
+    assert output(f"f = Flatten(x) {chosen}").kind is NUMBERS  # rows by data are no pictures
+    assert output(f"{HEAD} y = Gather<axis=1>(f, j)", j=np.array([0, 2])).kind is SCORES
 
 
 @pytest.mark.parametrize("tail", ["", "axis", "bytes", "floats"])
