@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from qconv.data.images import png_bytes
 from qconv.errors import format_count
 from qconv.report.html import Page, Tile
-from qconv.report.pages import make_warnings_tile
+from qconv.report.tiles import make_warnings_tile
 from qconv.results.sample_curve import SampleCurve, Spread, format_value
 from qconv.results.scores import Metric
 

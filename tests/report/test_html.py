@@ -30,12 +30,12 @@ from qconv.config.recipe import Recipe
 from qconv.data.images import encode_thumbnail, load_image
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
-from qconv.metrics.similarity import share_interval
 from qconv.pipeline import quantize
 from qconv.report import html, pages
 from qconv.report.contact_sheet import NO_PICTURES, make_contact_sheet, undo_preprocessing
 from qconv.report.html import Page, PagePicture, Tile
 from qconv.report.study_chart import make_study_page
+from qconv.report.tiles import AccuracyScores
 from qconv.reporter import Reporter
 from qconv.results.comparison import (
     Cause,
@@ -46,9 +46,9 @@ from qconv.results.comparison import (
     Sweep,
     ValueStatistics,
 )
-from qconv.results.quantize import Audit, FloatNode, LayerTime, OutputScore, Verification
+from qconv.results.quantize import Audit, FloatNode, LayerTime, OutputScore
 from qconv.results.sample_curve import CurvePoint, SampleCurve
-from qconv.results.scores import BOXES, MAP, LabelledScores, Score
+from qconv.results.scores import BOXES, Score
 from qconv.results.trials import Trial
 from qconv.runtime.session import Session
 from tests.support.browser import Browser
@@ -245,57 +245,13 @@ def test_the_worst_layer_is_shown_first() -> None:
     assert tree.data["worst"] == 7
 
 
-# -- tiles and sentences -----------------------------------------------------------------------------------------------
+# -- sentences ---------------------------------------------------------------------------------------------------------
 
 
-def timed(slowdown: float | None) -> Verification:
-    return Verification(8, (), slowdown, None if slowdown is None else (slowdown / 2, slowdown * 2))
-
-
-def test_tiles_by_hand() -> None:
-    assert "8 of 10 runs 1.00 to 4.00\u00d7" in pages.make_speed_tiles(timed(0.5))[0].note
-    assert pages.make_size_tile(4_000_000, 1_000_000) == Tile("size", "4.0\u00d7 smaller", "4.00 MB to 1.00 MB", "good")
-    assert pages.make_size_tile(1000, 2000).tone == "bad"
-    assert pages.make_speed_tiles(timed(None)) == ()
-    assert [tile.value for tile in pages.make_speed_tiles(timed(0.5))] == ["2.00\u00d7 as fast"]
-    assert [tile.tone for slowdown in (0.5, 1.0, 1.5) for tile in pages.make_speed_tiles(timed(slowdown))] == [
-        "good",
-        "plain",
-        "bad",
-    ]
-    found = pages.make_integers_tile(Audit(3, 1, (), (), (LayerTime("a", "Conv", "integer", 6.0),), 10.0))
-    assert (found.value, found.note, found.tone) == ("75%", "3 of 4 nodes, 60% of the time", "plain")
-
-
-def test_agreement_comes_with_wilsons_interval() -> None:
-    """9 of 10: 0.596 to 0.982, as textbooks have it."""
-    measured = scores(20.0, 0.9, share_interval(9, 10))
-    tile = pages.make_accuracy_tile(pages.AccuracyScores(10, (OutputScore("y", measured),)))
-    assert tile.value == "90.0%"
-    assert "95%: 60 to 98%" in tile.note
-    assert pages.make_accuracy_tile(pages.AccuracyScores(0, ())).value == "not measured"
-    assert pages.make_accuracy_tile(pages.AccuracyScores(4, (OutputScore("y", scores()),))).value == "equal"
-
-
-def test_what_a_detector_finds_comes_before_its_decibels() -> None:
-    found = (OutputScore("y", scores(8.8)), OutputScore("y", (Score(BOXES, 0.825, (0.7, 0.9)),)))
-    measured = pages.AccuracyScores(10, found)
-    told = "on 10 pictures (95%: 70 to 90%); SQNR 8.8 dB"
-    assert pages.make_accuracy_tile(measured) == Tile("boxes", "82.5%", told, "bad")
-    assert pages._describe_accuracy(measured) == "On 10 pictures: finds 82.5% of the float model's boxes."
-
-
-def test_what_labels_tell_has_a_tile() -> None:
-    """34.99 and 31.75: 3.24 points are lost, between the 2 from which on it is not good and the 5 that are bad."""
-    for after, tone in ((0.3175, "plain"), (0.3399, "good"), (0.2899, "bad")):
-        difference = Score(MAP, after - 0.3499, (-0.06, 0.01))
-        found = LabelledScores("coco.json", 64, (Score(MAP, after),), (Score(MAP, 0.3499),), (difference,))
-        (tile,) = pages.make_labels_tiles(found)
-        assert (tile.label, tile.value, tile.tone) == ("mAP by labels", f"{after:.2%}", tone)
-        moved = f"{100 * (after - 0.3499):+.2f} points (-6.00 .. +1.00), no more than chance"
-        assert tile.note == f"the float model has 34.99%; difference of mAP {moved}"
-    nothing = LabelledScores("coco.json", 64, (Score(MAP, None),), (Score(MAP, None),), ())
-    assert pages.make_labels_tiles(nothing) == ()
+def test_the_sentence_tells_what_a_detector_finds() -> None:
+    found = (OutputScore("y", scores(8.8)), OutputScore("y", (Score(BOXES, 0.825, (0.7, 0.9), 40),)))
+    measured = AccuracyScores(10, found)
+    assert pages._describe_accuracy(measured) == "On 10 pictures: finds 82.5% of the float model's 40 boxes."
 
 
 def test_the_sentence_names_who_is_to_blame() -> None:
