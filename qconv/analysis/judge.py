@@ -33,7 +33,6 @@ from qconv.metrics.labelled import (
 from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
 from qconv.reporter import Reporter
 from qconv.results.quantize import OutputScore
-from qconv.results.scores import BOXES, find_score
 from qconv.runtime.outputs import MAP_KINDS, ModelOutput, find_class_vector
 from qconv.runtime.session import Session
 
@@ -179,11 +178,11 @@ class Judge:
 
     def _require_boxes_of_float(self, result: Evaluation) -> None:
         """Raise QconvError for a gate beside boxes of which the float model has none, as quantize does."""
-        boxes = result.heads and find_score(result.heads[0].scores, BOXES)
         beside = {"min-boxes", *(() if self.labels is not None else ("min-map",))}
         unmet = next((gate.name for gate in result.gates if gate.name in beside and gate.got is None), None)
-        if unmet is not None and self.network is not None and self.network.head is not None and boxes:
-            raise make_no_boxes_error(f"--{unmet}", self.network.head)
+        head = None if self.network is None else self.network.head
+        if unmet is not None and head is not None:
+            raise make_no_boxes_error(f"--{unmet}", head)
 
     def _class_labels(self, paths: Sequence[Path], outputs: int) -> NDArray[np.int64] | None:
         return labels_of(paths, self.request.data, self.classes, self.request.labelling, outputs)
@@ -201,10 +200,10 @@ class Judge:
         labels.finish(self.reporter.warn)
         result.labels = labels.words
         result.labelled = self.measures[0].scores()
-        tell_of_misfit(self.measures[-1].scores(), labels.words, self.reporter.warn)
         if self.other is not None:
             result.other_labelled = self.measures[1].scores()
             result.differences = self.measures[0].differences(self.measures[1])  # type: ignore[arg-type]
+        tell_of_misfit(result.other_labelled or result.labelled, labels.words, self.reporter.warn)
 
 
 def _find_class_row(holds: Sequence[ModelOutput], found: Outputs) -> int | None:

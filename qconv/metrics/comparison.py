@@ -195,8 +195,9 @@ class ComparisonAccumulator:
 
     def add_heard(self, reference: BatchOutputs, quantized: BatchOutputs) -> None:
         """Take in the outputs of one batch, of which others may read detections as well."""
+        everything = reference.by_name
         for tally, ref, got in zip(self.tallies, reference.arrays, quantized.arrays, strict=True):
-            tally.update(ref, got, reference.by_name)
+            tally.update(ref, got, everything)
         if self.detections is not None:
             self.detections.update(reference.detections, quantized.detections)
 
