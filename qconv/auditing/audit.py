@@ -374,9 +374,8 @@ def audit_file(source: Source, *, threads: int, batch: int | None, size: tuple[i
 
 def _read_planned_reasons(model: Model, recipe: Recipe | None) -> PlannedReasons:
     """What qconv had decided when it wrote the file; nothing for others. recipe: None where it is not known."""
-    placed = read_placed_nodes(model.inner.metadata_props)
-    how = "as measured by --tune-latency" if recipe is not None and recipe.tune_latency else "by qconv's cost table"
-    kept = dict.fromkeys(placed, f"faster in float, {how}")
+    kept = read_placed_nodes(model.inner.metadata_props)
+    placed = frozenset(kept)
     if recipe is None:
         return PlannedReasons(kept, placed)
     for node in model.nodes():

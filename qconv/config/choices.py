@@ -148,8 +148,8 @@ CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)
 
 FLOAT_BITS = 32
 
-FLOAT_BUDGET = 0.03
-"""Share of the time that may be spent on float where most of the noise comes from."""
+FLOAT_BUDGET = 0.1
+"""Share of the all-integer time that may be spent on float for accuracy."""
 
 
 @dataclass(frozen=True, slots=True)

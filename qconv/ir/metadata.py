@@ -19,8 +19,9 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ RECIPE_KEY = "qconv.recipe"
 PREPROCESSING_KEY = "qconv.preprocessing"
 """`Preprocessing.as_dict()` as JSON."""
 PLACED_KEY = "qconv.placed"
-"""Names of the nodes that are in float because that is faster, as a JSON list."""
+"""Names of the nodes that are in float by choice, lists by reason, as a JSON object."""
 FLOAT_MODEL_KEY = "qconv.float"
 """The hash of the float model that the file was made from."""
 EQUALIZATION_KEY = "qconv.moved"
@@ -160,13 +161,13 @@ def write_metadata(
     version: str,
     recipe: Mapping[str, Any],
     preprocessing: Preprocessing | None,
-    placed: Collection[str] = (),
+    placed: Mapping[str, str] = MappingProxyType({}),
     made_from: str = "",
 ) -> None:
     """Recipe, preprocessing and version travel in the file; nothing that differs from run to run does.
 
-    recipe: as its `as_dict` gives it. placed: names of nodes that are in float because that is faster. made_from: hash
-    of the float model.
+    recipe: as its `as_dict` gives it. placed: names of nodes that are in float by choice, each with the reason.
+    made_from: hash of the float model.
     """
     set_ir_version(model)
     carried = {VERSION_KEY: version, RECIPE_KEY: json.dumps(recipe, sort_keys=True)}
@@ -175,7 +176,10 @@ def write_metadata(
     if made_from:
         carried[FLOAT_MODEL_KEY] = made_from
     if placed:
-        carried[PLACED_KEY] = json.dumps(sorted(placed))
+        by_reason: dict[str, list[str]] = {}
+        for name, why in sorted(placed.items()):
+            by_reason.setdefault(why, []).append(name)
+        carried[PLACED_KEY] = json.dumps(by_reason, sort_keys=True)
     model.inner.metadata_props.update(carried)
 
 
@@ -184,19 +188,21 @@ def write_finetuning(model: Model, how: Mapping[str, Any]) -> None:
     model.inner.metadata_props[FINETUNING_KEY] = json.dumps(how, sort_keys=True)
 
 
-def read_placed_nodes(props: Mapping[str, str]) -> frozenset[str]:
-    """The nodes that a file by qconv says it left in float on purpose; none for other files."""
+def read_placed_nodes(props: Mapping[str, str]) -> dict[str, str]:
+    """The nodes that a file by qconv says it left in float on purpose, each with the reason; none for other files."""
     try:
         return _parse_placed(props)
     except OddMetadataError:
-        return frozenset()
+        return {}
 
 
-def _parse_placed(props: Mapping[str, str]) -> frozenset[str]:
-    names = _parse_json(props, PLACED_KEY, list)
-    if not all(isinstance(name, str) for name in names):
-        raise OddMetadataError(PLACED_KEY, "it holds other things than names")
-    return frozenset(names)
+def _parse_placed(props: Mapping[str, str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for why, names in _parse_json(props, PLACED_KEY, dict).items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise OddMetadataError(PLACED_KEY, "it holds other things than names")
+        found |= dict.fromkeys(names, why)
+    return found
 
 
 def read_recipe(props: Mapping[str, str]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ from qconv.quantization.layer_rounding import choose_rounding_effort
 from qconv.quantization.parameters import make_tensor_rows
 from qconv.reporter import Reporter
 from qconv.results.float_share import FloatShare
+from qconv.results.precision import PrecisionReport
 from qconv.results.quantize import Audit, MixedPrecision, OutputFact, OutputScore, Report, TensorRow, Verification
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
@@ -136,6 +137,7 @@ class _QuantizationRun:
         outputs: What the outputs of the float model hold.
         advice: Ends the warning of a poor result.
         in_float: Shares of work and of weights that stay in float, once it is known which do.
+        precision: The curve that the division between integers and float was chosen on.
     """
 
     source: Source
@@ -153,6 +155,7 @@ class _QuantizationRun:
     outputs: tuple[OutputFact, ...] = ()
     advice: str = ""
     in_float: tuple[float, float] = (0.0, 0.0)
+    precision: PrecisionReport | None = None
 
     @classmethod
     def of(
@@ -259,6 +262,7 @@ class _QuantizationRun:
             tuned = tune_ranges(folded, recipe, pictures.feed, fed, parts, self.reporter)
             self.plan, self.set_ranges = tuned.folded.plan, tuned.folded.set_ranges
             self.findings += tuned.findings
+            self.precision = tuned.precision
 
     def choose_numbers(self) -> tuple[QuantizationSolution, MixedPrecision | None]:
         """Find all numbers that are written, and the bits of layers before that, where they are searched for."""
@@ -312,7 +316,7 @@ class _QuantizationRun:
             self.findings += compress_constants(model)
             said = recipe.as_dict(pictures.data)
             write_metadata(
-                model, qconv.__version__, said, pictures.model_preprocessing, plan.placed, self.prepared.digest
+                model, qconv.__version__, said, pictures.model_preprocessing, plan.brief_floats(), self.prepared.digest
             )
         return rows
 
@@ -396,6 +400,7 @@ class _QuantizationRun:
             outputs=self.outputs,
             runner_up=pictures.detected.runner_up,
             margin=pictures.detected.margin,
+            precision=self.precision,
             in_float=FloatShare(audited.float, audited.integer + audited.float, *self.in_float),
         )
 

@@ -6,15 +6,16 @@ placement F of float nodes is
     min over F   sum_{n not in F} c_i(n) + sum_{n in F} c_f(n) + sum over v between both of h(v)
 
 This is a minimum cut, found as a maximum flow (Ford and Fulkerson 1956; Dinic 1970). h(v) is paid once, however many
-read v; a Relu or Clip goes with the layer that it is fused into. A MaxPool costs more on codes where a layer before it
-is in float: its codes are NCHW then (see `_find_slow_pools`). The result is used only where it gains enough to trust
-the table with it.
+read v; a Relu or Clip goes with the layer that it is fused into. Some pairs of nodes cost more where the first is in
+float and the second in integers: a MaxPool behind a layer (see `_settle_layouts`), the two nodes of a SiLU. What a
+rounded tensor costs in accuracy can be added, see `planning.precision_curve`. A division by times alone is used only
+where it gains enough to trust the table with it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,7 +27,7 @@ from qconv.ir.load import infer_shapes_at
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
 from qconv.planning.min_cut import FlowNetwork
-from qconv.planning.plan import Plan, data_inputs
+from qconv.planning.plan import FASTER, Plan, data_inputs
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,8 +51,11 @@ DEPTHWISE_BLOCK, DEPTHWISE_REST_FACTOR = 16, 1.8
 """The integer kernel takes 16 channels at once. With a rest it takes longer than with as many more: 24 channels take
 1.5 times as long as 32. Measured on ONNX Runtime 1.32 with VNNI, kernels of 3 and 5; the table has whole blocks."""
 
-HOPS = 2
-"""How far from a node that must be float others follow it: the farther, the less the table can be trusted."""
+SILU_SHARE = 0.85
+"""Time of x * Sigmoid(x) in float over that of Sigmoid and Mul: ONNX Runtime 1.32 makes one operator of both."""
+
+NCHW_KINDS = {"MaxPool": "max_pool_nchw", "Transpose": "transpose_nchw"}
+"""Operators whose time in integers hangs on the layout of the codes that they read, and their lines for NCHW."""
 
 STEM_CHANNELS = 4  # up to so many input channels a convolution is the first one
 
@@ -68,7 +72,7 @@ class NodeCost:
     def in_words(self) -> str:
         """The reason in words why the node stays float."""
         where = "measured here" if self.measured else "by the cost table"
-        return f"faster in float: {self.float_us:.0f} us against {self.integer_us:.0f} {where}"
+        return f"{FASTER}: {self.float_us:.0f} us against {self.integer_us:.0f} {where}"
 
 
 def is_placement_supported(recipe: Recipe, target: Target) -> bool:
@@ -120,8 +124,8 @@ def place_by_cost_table(model: Model, plan: Plan, shapes: Shapes, table: CostTab
 
     model: folded; plan: without regard to costs; shapes: of all tensors, for one run.
     """
-    problem = _PlacementProblem.of(model, plan, shapes, table)
-    integer = problem.cheapest()
+    problem = PlacementProblem.of(model, plan, shapes, table)
+    integer = problem.cautious().cheapest()
     gain, whole = problem.time(plan.integer) - problem.time(integer), problem.time(plan.integer)
     if gain < max(LEAST_GAIN_SHARE * whole, LEAST_GAIN_US):
         return {}
@@ -135,49 +139,24 @@ def place_by_measured_costs(
 
     table: costs of other nodes, and of conversions.
     """
-    problem = _PlacementProblem.of(model, plan, shapes, table, measured)
-    return _explain_placement(plan, problem, problem.cheapest())
+    problem = PlacementProblem.of(model, plan, shapes, table, measured)
+    return _explain_placement(plan, problem, problem.cautious().cheapest())
 
 
 def place_all_in_float(model: Model, plan: Plan, shapes: Shapes, table: CostTable) -> dict[str, str]:
     """All nodes that could run in integers, with reasons as in `place_by_cost_table`."""
-    return _explain_placement(plan, _PlacementProblem.of(model, plan, shapes, table), set())
+    return _explain_placement(plan, PlacementProblem.of(model, plan, shapes, table), set())
 
 
-@dataclass(frozen=True, slots=True)
-class FloatCost:
-    """What it costs to leave nodes of a plan in float, by the table."""
-
-    problem: _PlacementProblem
-    integer: frozenset[Node]
-
-    @classmethod
-    def of(cls, model: Model, plan: Plan, recipe: Recipe, fed: Preprocessing | None) -> FloatCost:
-        """Arguments as for `choose_float_nodes`; the plan is that of the network as it is placed."""
-        table = select_cost_table(recipe, TARGETS[recipe.target])
-        problem = _PlacementProblem.of(model, plan, infer_run_shapes(model, fed), table)
-        return cls(problem, frozenset(plan.integer))
-
-    def spread(self, floats: Set[Node]) -> set[Node]:
-        """These nodes, and those within HOPS of them that are then cheaper in float, too."""
-        near = set(floats)
-        for _ in range(HOPS):
-            touching = [tensor for tensor in self.problem.tensors if tensor.touches(near)]
-            near |= {node for tensor in touching for node in (tensor.producer, *tensor.readers) if node in self.integer}
-        integer = self.problem.cheapest(floats, self.integer - near)
-        return set(self.integer - integer)
-
-    def share_of(self, floats: Set[Node]) -> float:
-        """The time that these nodes add in float, as a share of the whole; infinite where it is not known."""
-        known = all(self.problem.costs.get(node) is not None for node in floats)
-        whole = self.problem.time(self.integer)
-        return self.problem.time(self.integer - floats) / whole - 1 if known and whole > 0 else math.inf
+def _explain_placement(plan: Plan, problem: PlacementProblem, integer: Set[Node]) -> dict[str, str]:
+    floats = plan.integer - integer
+    return with_activations(plan, {node: _describe_cost(problem.costs[node]) for node in floats})
 
 
-def _explain_placement(plan: Plan, problem: _PlacementProblem, integer: Set[Node]) -> dict[str, str]:
-    found = {node.name or "": _describe_cost(problem.costs[node]) for node in plan.integer - integer}
-    fused = {activation: found.get(layer.name or "") for activation, layer in plan.absorbed.items()}
-    return found | {activation.name or "": why for activation, why in fused.items() if why is not None}
+def with_activations(plan: Plan, floats: Mapping[Node, str]) -> dict[str, str]:
+    """Reasons of nodes in float by their names, and of the activations that layers among them have absorbed."""
+    fused = {activation: floats[layer] for activation, layer in plan.absorbed.items() if layer in floats}
+    return {node.name or "": why for node, why in {**floats, **fused}.items()}
 
 
 def _describe_cost(cost: NodeCost | None) -> str:
@@ -187,7 +166,7 @@ def _describe_cost(cost: NodeCost | None) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
+class TensorCost:
     """A tensor that may be converted. switch_us: cost of that; producer, readers: None for those outside the model.
 
     codes: whether it holds codes already, being the model's pixels.
@@ -199,10 +178,6 @@ class _Tensor:
     switch_us: float
     codes: bool
 
-    def touches(self, nodes: Set[Node]) -> bool:
-        """Whether one of these nodes writes or reads it."""
-        return self.producer in nodes or any(reader in nodes for reader in self.readers)
-
     def needs_conversion(self, integer: Set[Node]) -> bool:
         """Whether the tensor must be converted with these nodes in integers."""
         made = self.codes or self.producer in integer
@@ -210,23 +185,24 @@ class _Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _PlacementProblem:
+class PlacementProblem:
     """The minimum cut problem. costs: of nodes that could run in integers, None where unknown; others cannot change.
 
-    slow: (layer, MaxPool, us that the pool takes longer on codes where the layer is in float).
+    pairs: (node, other, us that both take longer where the first is in float and the other in integers).
     """
 
     costs: dict[Node, NodeCost | None]
-    tensors: list[_Tensor]
-    slow: list[tuple[Node, Node, float]] = field(default_factory=list)
+    tensors: list[TensorCost]
+    pairs: list[tuple[Node, Node, float]] = field(default_factory=list)
 
     @classmethod
     def of(
         cls, model: Model, plan: Plan, shapes: Shapes, table: CostTable, measured: Mapping[str, NodeCost] | None = None
-    ) -> _PlacementProblem:
+    ) -> PlacementProblem:
+        """Arguments as for `place_by_measured_costs`."""
         known = measured or {}
         costs = {node: known.get(node.name or "") or look_up_cost(node, shapes, table) for node in plan.integer}
-        slow = _find_slow_pools(plan, shapes, table, costs)
+        pairs = [*_settle_layouts(plan, shapes, table, costs), *_join_gates(model, costs)]
         fused = set(plan.absorbed.values())
         made: list[tuple[Value, Node | None]] = [(value, None) for value in model.graph.inputs]
         made += [(value, node) for node in model.nodes() for value in node.outputs]
@@ -238,8 +214,16 @@ class _PlacementProblem:
             readers = [node for node in model.readers(value) if _reads_data(node, value)]
             outside = (None,) if value.is_graph_output() else ()
             codes = value in plan.given and producer not in costs
-            tensors.append(_Tensor(value, producer, (*readers, *outside), _switch_cost(value, shapes, table), codes))
-        return cls(costs, tensors, slow)
+            tensors.append(TensorCost(value, producer, (*readers, *outside), _switch_cost(value, shapes, table), codes))
+        return cls(costs, tensors, pairs)
+
+    def cautious(self) -> PlacementProblem:
+        """The same with all costs in float raised by FLOAT_MARGIN."""
+        raised = {
+            node: None if cost is None else replace(cost, float_us=FLOAT_MARGIN * cost.float_us)
+            for node, cost in self.costs.items()
+        }
+        return replace(self, costs=raised)
 
     def time(self, integer: Set[Node]) -> float:
         """The time in us of one run with these nodes in integers, as far as the table knows."""
@@ -247,34 +231,34 @@ class _PlacementProblem:
         for node, cost in self.costs.items():
             if cost is not None:
                 found += cost.integer_us if node in integer else cost.float_us
-        return found + sum(us for layer, pool, us in self.slow if pool in integer and layer not in integer)
+        return found + sum(us for first, other, us in self.pairs if other in integer and first not in integer)
 
-    def cheapest(self, floats: Set[Node] = frozenset(), held: Set[Node] = frozenset()) -> set[Node]:
+    def cheapest(self, penalties: Iterable[tuple[Set[Node], float]] = ()) -> set[Node]:
         """The nodes that should run in integers: all but the source's side of the minimum cut, the smallest such.
 
-        floats: nodes that do not. held: nodes that do in any case.
+        penalties: nodes, and the us that it costs once if any of them runs in integers.
         """
         network = FlowNetwork()
-        for node in floats:
-            network.edge(network.source, node, math.inf)
-        for node in held:
-            network.edge(node, network.sink, math.inf)
+        for index, (nodes, us) in enumerate(penalties):
+            network.edge(network.source, index, us)
+            for node in nodes:
+                network.edge(index, node, math.inf)
         for node, cost in self.costs.items():
             if cost is not None:
                 network.edge(network.source, node, cost.integer_us)
-                network.edge(node, network.sink, FLOAT_MARGIN * cost.float_us)
+                network.edge(node, network.sink, cost.float_us)
             elif isinstance(
                 QUANTIZATION_RULES[node.op_type], WeightedRule
             ):  # nothing is known of it: integers are the rule
                 network.edge(node, network.sink, math.inf)
-        for layer, pool, us in self.slow:
-            network.edge(layer, pool, us)
+        for first, other, us in self.pairs:
+            network.edge(first, other, us)
         for tensor in self.tensors:
             self._tie(network, tensor)
         cut = network.source_side()
         return {node for node in self.costs if node not in cut}
 
-    def _tie(self, network: FlowNetwork, tensor: _Tensor) -> None:
+    def _tie(self, network: FlowNetwork, tensor: TensorCost) -> None:
         """Add the edges of a tensor: it is converted once for all readers of the other kind."""
         outside = network.sink if tensor.codes else network.source
         producer: object = tensor.producer if tensor.producer in self.costs else outside
@@ -289,33 +273,52 @@ class _PlacementProblem:
                 network.edge(network.source, numbers, math.inf)
 
 
-def _find_slow_pools(
+def _settle_layouts(
     plan: Plan, shapes: Shapes, table: CostTable, costs: dict[Node, NodeCost | None]
 ) -> list[tuple[Node, Node, float]]:
-    """The MaxPools on codes that take longer where a certain layer is in float, with that layer and the difference.
+    """Set the costs of operators that hang on the layout of their codes; those that may take longer are returned.
 
     ONNX Runtime's integer convolutions, and what reads only what they write, work on NHWC, where a MaxPool is fast. On
-    codes that come from elsewhere it is not: the costs of such pools are raised.
+    codes that come from elsewhere it is not, but a Transpose is, which else has to change the layout before. Returns
+    (layer, operator, us) where it hangs on that layer.
     """
     found = []
     for node, cost in tuple(costs.items()):
-        if node.op_type != "MaxPool" or cost is None:
+        if node.op_type not in NCHW_KINDS or cost is None or cost.measured:
             continue
-        own, nchw = (look_up_cost(node, shapes, table, kind) for kind in ("MaxPool", "max_pool_nchw"))
+        own, nchw = (look_up_cost(node, shapes, table, kind) for kind in (node.op_type, NCHW_KINDS[node.op_type]))
         if own is None or nchw is None:
             continue
         more, layers = max(nchw.integer_us - own.integer_us, 0.0), _find_layout_makers(node, plan)
         if layers is None:
-            costs[node] = replace(cost, integer_us=cost.integer_us + more) if not cost.measured else cost
+            costs[node] = nchw
         else:
-            found += [(layer, node, more) for layer in layers]
+            found += [(layer, node, more) for layer in layers if more]
+    return found
+
+
+def _join_gates(model: Model, costs: dict[Node, NodeCost | None]) -> list[tuple[Node, Node, float]]:
+    """The Sigmoids that are one operator in float with the Mul that alone reads them, which is faster than both.
+
+    Lowers the Sigmoid's cost in float; it is as before where the Mul is in integers.
+    """
+    found = []
+    for gate, cost in tuple(costs.items()):
+        product = model.sole_reader(gate.outputs[0]) if gate.op_type == "Sigmoid" else None
+        if product is None or product.op_type != "Mul" or set(product.inputs) != {gate.inputs[0], gate.outputs[0]}:
+            continue
+        other = costs.get(product)
+        if cost is not None and other is not None and not cost.measured:
+            spared = min((1 - SILU_SHARE) * (cost.float_us + other.float_us), cost.float_us)
+            costs[gate] = replace(cost, float_us=cost.float_us - spared)
+            found.append((gate, product, spared))
     return found
 
 
 def _find_layout_makers(node: Node, plan: Plan) -> list[Node] | None:
     """The convolutions that a node's input comes from; None where some of it comes from elsewhere."""
     found: dict[Node, None] = {}
-    waiting = data_inputs(node, QUANTIZATION_RULES[node.op_type])
+    waiting = [_skip_reshape(value) if node.op_type == "Transpose" else value for value in _read_by(node)]
     seen = set(waiting)
     while waiting:
         maker = waiting.pop().producer()
@@ -325,10 +328,20 @@ def _find_layout_makers(node: Node, plan: Plan) -> list[Node] | None:
         if maker.op_type == "Conv":
             found[maker] = None
             continue
-        before = [v for v in data_inputs(maker, QUANTIZATION_RULES[maker.op_type]) if constant_array(v) is None]
+        before = [v for v in _read_by(maker) if constant_array(v) is None]
         waiting += [value for value in before if value not in seen]
         seen.update(before)
     return list(found)
+
+
+def _read_by(node: Node) -> list[Value]:
+    return data_inputs(node, QUANTIZATION_RULES[node.op_type])
+
+
+def _skip_reshape(value: Value) -> Value:
+    """What a Reshape has made a tensor of: in front of it, too, the layout has to be the file's."""
+    maker = value.producer()
+    return value if maker is None or maker.op_type != "Reshape" else maker.inputs[0] or value
 
 
 def _reads_data(node: Node, value: Value) -> bool:

@@ -15,6 +15,7 @@ from rich.table import Table
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, Skipped, format_bytes, format_count, printable
 from qconv.report.text import describe_difference, format_columns, wrap_text
+from qconv.results.precision import FOR_ACCURACY, PrecisionReport
 from qconv.results.quantize import FloatNode, MixedPrecision, OutputScore, Report
 from qconv.results.sample_curve import SampleCurve, Spread, format_value
 from qconv.results.scores import DECIBEL, FLOAT_MAP, LabelledScores, Metric, Score, by_rank
@@ -172,9 +173,7 @@ def _execution_lines(report: Report) -> list[tuple[str, str]]:
     if not TARGETS[target].on_ort:
         return [("runs", f"as {target} decides; ONNX Runtime's CPU provider would run {told}")]
     lines = [("runs", told)]
-    if own.placed:
-        where = _join_some([island.node for island in own.placed])
-        lines.append(("float", f"{where}: faster in float, the weights among them are codes all the same"))
+    lines += [("float", text) for text in _placed_node_lines(own.placed)]
     return lines + [("float", text) for text in _float_node_lines(own.islands)]
 
 
@@ -227,6 +226,33 @@ def _float_node_lines(islands: tuple[FloatNode, ...]) -> list[str]:
     return [f"{_join_some(nodes)}: {escape(why)}" for why, nodes in reasons.items()]
 
 
+def _placed_node_lines(placed: tuple[FloatNode, ...]) -> list[str]:
+    """Describe the nodes in float by choice: a line for those that are faster, and one for those for accuracy."""
+    kinds: dict[str, list[str]] = {}
+    for node in placed:
+        precise, _, gain = node.why.partition(f"{FOR_ACCURACY}: ")
+        kinds.setdefault(gain if not precise else "", []).append(node.node)
+    lines = []
+    for gain, nodes in kinds.items():
+        told = f"{FOR_ACCURACY}: {_join_some(nodes)}: {gain}" if gain else f"faster: {_join_some(nodes)}"
+        lines.append(f"{told}, the weights among them are codes all the same")
+    return lines
+
+
+def _precision_lines(found: PrecisionReport | None) -> list[str]:
+    """Describe the curve of time and noise, a line a point."""
+    if found is None:
+        return []
+    title = "precision".ljust(TITLE_WIDTH)
+    lines = [f"{title}divisions, their times over that of all integers; all in float {found.float_time:.3f}:"]
+    for point in found.points:
+        measured = "" if point.measured_db is None else f", measured {point.measured_db:.1f}"
+        told = f"time {point.time:.3f}, {format_count(point.nodes, 'node')} in float, {point.corrected_db:.1f} dB"
+        own = f" (by noises alone {point.predicted_db:.1f}{measured})"
+        lines.append(f"{title}{told}{own}{'; taken' if point.chosen else ''}")
+    return lines
+
+
 def _skipped_lines(report: Report) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for found in report.findings:
@@ -244,6 +270,8 @@ def _print_details(report: Report, stream: TextIO) -> None:
     for found in report.findings:
         text = f"{found.what}" if isinstance(found, Change) else f"left alone: {found.why}"
         print(printable(f"{found.step:<12}  {found.where}: {text}"), file=stream)
+    for line in _precision_lines(report.precision):
+        print(line, file=stream)
     for tensor in report.tensors:
         bits = f"{min(tensor.bits)} to {max(tensor.bits)}" if isinstance(tensor.bits, list) else tensor.bits
         text = f"{tensor.kind:<12}  {tensor.name}: {bits} bits, {tensor.granularity}, {_format_range(tensor)}"

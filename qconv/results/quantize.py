@@ -9,6 +9,7 @@ from typing import Any
 from qconv.errors import Change, Finding, Skipped
 from qconv.results.float_share import FloatShare
 from qconv.results.gates import Gate
+from qconv.results.precision import PrecisionReport
 from qconv.results.scores import (
     AGREEMENT,
     SQNR,
@@ -389,6 +390,7 @@ class Report:
     runner_up: str | None = None
     margin: float | None = None
     in_float: FloatShare | None = None
+    precision: PrecisionReport | None = None
     model_bytes: bytes | None = field(default=None, repr=False)
 
     @property
@@ -431,6 +433,7 @@ class Report:
             "audit": self.audit.as_dict(),
             "gates": [g.as_dict() for g in self.gates],
             "mixed": None if self.mixed is None else self.mixed.as_dict(),
+            "precision": None if self.precision is None else self.precision.as_dict(),
             "warnings": self.warnings,
             "time": {name: round(seconds, 3) for name, seconds in self.time.items()},
             "peak_rss_mb": self.peak_rss_mb,

@@ -33,10 +33,10 @@ from qconv.ir.model import Model, Value
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
 from qconv.metrics.output_parts import NO_PARTS, Parts, measure_output_noise
 from qconv.planning.plan import Plan
+from qconv.planning.precision_curve import TensorNoise
 from qconv.planning.work import RANGES_SHARE, SESSION_WORK, count_weights, multiplications, quantization_work
 from qconv.quantizer import QuantParams
 from qconv.reporter import Reporter
-from qconv.search.loud_tensors import TensorNoise
 from qconv.search.loudest_images import pick_batches
 from qconv.storage import ArrayStore
 
@@ -67,6 +67,7 @@ class SearchBudget:
 
     few: images that show which ranges matter.
     many: images that are walked to choose these ranges. loud: of them, with the largest outputs.
+    apart: set apart before, to measure divisions on that the others have led to.
     far, loudest, near: images that each factor is tried on: those where the tensor reaches farthest, those with the
     largest outputs, and others.
     share: of the work of quantizing (`planning.work`) that each of both walks may take; None for any.
@@ -75,6 +76,7 @@ class SearchBudget:
     few: int
     many: int
     loud: int
+    apart: int
     far: int
     loudest: int
     near: int
@@ -82,9 +84,9 @@ class SearchBudget:
 
 
 SEARCH_BUDGETS = {
-    "fast": SearchBudget(1, 32, 8, 2, 2, 2),  # chosen with --tune-ranges
-    "balanced": SearchBudget(1, 32, 8, 2, 2, 2),
-    "best": SearchBudget(4, 128, 32, 16, 16, 16, None),
+    "fast": SearchBudget(1, 32, 8, 16, 2, 2, 2),  # chosen with --tune-ranges
+    "balanced": SearchBudget(1, 32, 8, 16, 2, 2, 2),
+    "best": SearchBudget(4, 128, 32, 32, 16, 16, 16, None),
 }
 
 TINY = 1e-300

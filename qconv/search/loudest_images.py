@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.data.loader import Batch, DataLoader
+from qconv.data.loader import Batch, DataLoader, count_images
 from qconv.ir.model import Model
 from qconv.ir.subgraph import runnable_with_outputs
 from qconv.metrics.output_parts import Parts, sum_errors
 from qconv.runtime.session import Session
 
 STEP = "read again"
+
+APART_EVERY = 4
+"""One of so many images may be set apart."""
 
 Float64 = NDArray[np.float64]
 
@@ -35,23 +38,44 @@ class PickedImages:
     weights: Sequence[float]
     clean: Sequence[Sequence[NDArray[Any]]]
 
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return sum(map(count_images, self.feeds))
+
 
 def pick_images(
-    model: Model, names: Sequence[str], feed: DataLoader, counts: tuple[int, int], threads: int | None, parts: Parts
-) -> PickedImages:
-    """Run the float network on all images, and pick the loudest ones and others.
+    model: Model,
+    names: Sequence[str],
+    feed: DataLoader,
+    counts: tuple[int, int, int],
+    threads: int | None,
+    parts: Parts,
+) -> tuple[PickedImages, PickedImages]:
+    """Run the float network on all images, pick the loudest ones and others, and set some apart before.
 
-    names: of the tensors that count. counts: how many images of both kinds. Outputs of all images would not fit into
-    memory: the picked ones run once more.
+    names: of the tensors that count. counts: how many images are loud, are others, and are set apart: evenly by their
+    loudness, one of APART_EVERY at most. Outputs of all images would not fit into memory: the picked ones run once more.
+    Returns the images that were picked, and those set apart.
     """
     with runnable_with_outputs(model, names) as runnable:
         session = Session(runnable, name="the folded float model", threads=threads)
     loudness = measure_loudness(parts, names, (session.run(names, batch) for batch in feed.iter_batches(STEP)))
-    loud, others = (-(-count // feed.batch) for count in counts)
-    picked = pick_batches(len(loudness), np.argsort(-loudness, kind="stable")[:loud], others)
-    read = {index: batch for index, batch in enumerate(feed.iter_batches(STEP)) if index in picked}
-    feeds = [read[index] for index in picked]
-    return PickedImages(feeds, [*picked.values()], [session.run(names, batch) for batch in feeds])
+    loud, others, apart = (-(-count // feed.batch) for count in counts)
+    ranked = np.argsort(-loudness, kind="stable").tolist()
+    step = max(APART_EVERY, len(ranked) // max(apart, 1))
+    aside = dict.fromkeys(ranked[step - 1 :: step][:apart], 1.0)
+    left = [index for index in range(len(ranked)) if index not in aside]
+    first = [left.index(index) for index in ranked if index not in aside][:loud]
+    picked = {left[at]: weight for at, weight in pick_batches(len(left), first, others).items()}
+    wanted = picked | aside
+    read = {index: batch for index, batch in enumerate(feed.iter_batches(STEP)) if index in wanted}
+
+    def gather(chosen: dict[int, float]) -> PickedImages:
+        feeds = [read[index] for index in chosen]
+        return PickedImages(feeds, [*chosen.values()], [session.run(names, batch) for batch in feeds])
+
+    return gather(picked), gather(aside)
 
 
 def measure_loudness(parts: Parts, names: Sequence[str], outputs: Iterable[Sequence[NDArray[Any]]]) -> Float64:

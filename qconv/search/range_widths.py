@@ -114,7 +114,7 @@ def _measure(
     parts: Parts,
 ) -> float:
     """The noise at the outputs with these ranges, over all images that the picked ones stand for."""
-    tried, wanted = replace(folded, set_ranges=ranges), _with_fine_weights(recipe)
+    tried, wanted = replace(folded, set_ranges=ranges), with_fine_weights(recipe)
     model = build_quantized_model(tried, wanted, round_to_nearest(tried, wanted).params)
     on_ort = TARGETS[recipe.target].on_ort
     with runnable_with_outputs(model, names) as runnable:
@@ -123,7 +123,7 @@ def _measure(
     return measure_output_noise(parts, names, images.clean, got, images.weights)
 
 
-def _with_fine_weights(recipe: Recipe) -> Recipe:
+def with_fine_weights(recipe: Recipe) -> Recipe:
     """With weights in FINE_BITS at least: ranges of activations do not hang on bits that may yet be searched for."""
     own = [(name, bits if bits.in_float else replace(bits, weights=None)) for name, bits in recipe.layer_bits]
     fine = max(FINE_BITS, recipe.weight_bits)

@@ -1,8 +1,8 @@
 """Sets ranges of activations by what the network's outputs lose.
 
-    1. ranges that make much of the noise, one by one             `activation_ranges`
-    2. tensors that are loud with any range stay float            `loud_tensors`
-    3. one width for all ranges that the calibrator chose         `range_widths`
+    1. ranges that make much of the noise, one by one                       `activation_ranges`
+    2. what is worth its time stays in float, by the noises of step 1       `precision_choice`
+    3. one width for all ranges that the calibrator chose                   `range_widths`
     4. where 2 or 3 changed anything, 1 begins anew from there
 
 Beside a loud tensor nothing else counts, and what a range gains hangs on where it starts.
@@ -15,27 +15,27 @@ from dataclasses import dataclass, replace
 from qconv.config.data_options import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.data.loader import DataLoader
-from qconv.errors import Change, Finding
+from qconv.errors import Finding
 from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.metrics.output_parts import Parts, add_selected_parts
 from qconv.planning.planner import replan
 from qconv.quantization.parameters import choose_activation_params
 from qconv.reporter import Reporter
+from qconv.results.precision import PrecisionReport
 from qconv.search.activation_ranges import SEARCH_BUDGETS, RangeSearch, search_activation_ranges
 from qconv.search.candidate import FoldedNetwork
-from qconv.search.loud_tensors import keep_loud_tensors_float
 from qconv.search.loudest_images import PickedImages, pick_images
+from qconv.search.precision_choice import HoldsGates, choose_division
 from qconv.search.range_widths import choose_range_width
-
-LOUD = "left in float, as the outputs lose most to it"
 
 
 @dataclass(frozen=True, slots=True)
 class TunedRanges:
-    """folded: the network with its plan and ranges from now on. findings: for the report."""
+    """folded: the network with its plan and ranges from now on. findings, precision: for the report."""
 
     folded: FoldedNetwork
     findings: list[Finding]
+    precision: PrecisionReport | None = None
 
 
 def tune_ranges(
@@ -45,30 +45,32 @@ def tune_ranges(
     fed: Preprocessing | None,
     parts: Parts,
     reporter: Reporter,
+    holds_gates: HoldsGates | None = None,
 ) -> TunedRanges:
-    """Set the ranges that the outputs gain from, and leave the loudest tensors in float.
+    """Set the ranges that the outputs gain from, and leave in float what is worth its time.
 
     feed: the images. fed: the preprocessing of what the model takes; None for ready-made samples. parts: of outputs.
+    holds_gates: whether a model holds the gates; None without any.
     """
     names, budget = [value.name or "" for value in find_judged_tensors(folded.model)], SEARCH_BUDGETS[recipe.effort]
     if not names:
         return TunedRanges(folded, [])
-    counts = budget.loud, budget.many - budget.loud
+    counts = budget.loud, budget.many - budget.loud, budget.apart
     parts = add_selected_parts(parts, folded.model)
-    images = pick_images(folded.model, names, feed, counts, recipe.threads, parts)
+    images, apart = pick_images(folded.model, names, feed, counts, recipe.threads, parts)
 
-    found, told = _search(folded, recipe, images, parts, reporter), list[Finding]()
-    floats = keep_loud_tensors_float(folded.model, folded.plan, recipe, fed, found.noises)
-    if floats:
-        plan = replan(folded.plan, folded.model, floats={**folded.plan.floats, **floats})
-        folded = replace(folded, plan=plan)
-        told += [Change("ranges", name, f"left in float: {why}", LOUD) for name, why in floats.items()]
+    found = _search(folded, recipe, images, parts, reporter)
+    division = choose_division(folded, recipe, fed, found.noises, names, apart, parts, reporter, holds_gates)
+    divided = division.floats != folded.plan.floats
+    if divided:
+        folded = replace(folded, plan=replan(folded.plan, folded.model, floats=division.floats))
     width = choose_range_width(folded, recipe, names, images, reporter, parts)
-    if floats or width.findings:
+    if divided or width.findings:
         folded = replace(folded, set_ranges=width.ranges)
         found = _search(folded, recipe, images, parts, reporter)
     ranges = {**folded.set_ranges, **found.ranges}
-    return TunedRanges(replace(folded, set_ranges=ranges), [*told, *width.findings, *found.findings])
+    told = [*division.findings, *width.findings, *found.findings]
+    return TunedRanges(replace(folded, set_ranges=ranges), told, division.report)
 
 
 def _search(

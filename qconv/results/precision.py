@@ -1,0 +1,76 @@
+"""Defines `PrecisionReport`: the curve of time and noise that a network's division was chosen on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+FOR_ACCURACY = "accuracy"
+"""What the reason of a node begins with that is in float for accuracy."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionPoint:
+    """A division of a network between integers and more precision.
+
+    Attributes:
+        time: Predicted, over that of all in integers.
+        predicted_db: SQNR at the outputs in dB, by the noises of tensors alone.
+        corrected_db: The same, as what was measured of other points tells.
+        measured_db: On pictures apart; None where it was not measured.
+        nodes: How many are not in 8-bit integers.
+        chosen: Whether it is the one that was taken.
+    """
+
+    time: float
+    predicted_db: float
+    corrected_db: float
+    measured_db: float | None
+    nodes: int
+    chosen: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionReport:
+    """The curve, from the fastest division to the one with the least noise.
+
+    Attributes:
+        points: In that order; the first is the division by times alone.
+        float_time: The time of all in float, over that of all in integers.
+        pictures: That points were measured on.
+        apart: Whether nothing else was chosen on these.
+    """
+
+    points: tuple[PrecisionPoint, ...]
+    float_time: float
+    pictures: int
+    apart: bool
+
+    @property
+    def chosen(self) -> PrecisionPoint:
+        """The point that was taken."""
+        return next(point for point in self.points if point.chosen)
+
+    @property
+    def gained_db(self) -> float:
+        """What the division that was taken gains on the fastest, in dB."""
+        own, first = self.chosen, self.points[0]
+        return own.corrected_db - first.corrected_db
+
+    @property
+    def spent(self) -> float:
+        """The time that it takes more, as a share of that of all in integers."""
+        return self.chosen.time - self.points[0].time
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        return {
+            "float_time": self.float_time,
+            "pictures": self.pictures,
+            "apart": self.apart,
+            "points": [point.as_dict() for point in self.points],
+        }
