@@ -22,7 +22,7 @@ from qconv.metrics.similarity import compute_sqnr_db
 from qconv.planning.placement import PlacementProblem
 from qconv.planning.plan import Plan
 
-LEAST_TIME_STEP = 0.002
+LEAST_TIME_STEP = 0.008
 """Share of the all-integer time by which two points differ at least for a third between them to be looked for."""
 
 HIGHEST_PRICE = 1e4
@@ -103,6 +103,10 @@ class PrecisionProblem:
         penalties = ((nodes, price * noise) for nodes, noise in self.rounded if noise > 0)
         return frozenset(self.cautious.cheapest(penalties))
 
+    def fastest(self, integer: Set[Node]) -> PrecisionCurve:
+        """The curve of one point. integer: the nodes of the division by times alone."""
+        return PrecisionCurve((self.describe(integer),), self._float_time)
+
     def find_curve(self, fastest: Set[Node]) -> PrecisionCurve:
         """All divisions that a price leads to. fastest: the division by times alone, which is the first point."""
         most = HIGHEST_PRICE * self.cautious.time(self.whole) / max(self.noise_of(self.whole) - self.rest, 1e-30)
@@ -111,8 +115,13 @@ class PrecisionProblem:
         points = {frozenset(fastest): self.describe(fastest)} | {one: self.describe(one) for one in found}
         first = points[frozenset(fastest)]
         better = [point for point in points.values() if point is first or point.noise < first.noise]
-        floats = self.problem.time(frozenset()) / max(self.problem.time(self.whole), 1e-9)
-        return PrecisionCurve(tuple(sorted(better, key=lambda point: (point is not first, point.time))), floats)
+        return PrecisionCurve(
+            tuple(sorted(better, key=lambda point: (point is not first, point.time))), self._float_time
+        )
+
+    @property
+    def _float_time(self) -> float:
+        return self.problem.time(frozenset()) / max(self.problem.time(self.whole), 1e-9)
 
     def _between(self, low: frozenset[Node], high: frozenset[Node]) -> list[frozenset[Node]]:
         """The divisions between two of the hull, in the order of their prices."""

@@ -19,7 +19,7 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -61,6 +61,10 @@ LARGEST_STEP_RATIO = 0.98
 """Largest ratio of noise after a step to noise before it for another step to be tried."""
 
 
+FEW_NUMBERS_IMAGES, FEW_NUMBERS_NEAR = 4, 16
+"""Least of `SearchBudget.few` and `near` where outputs are few numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class SearchBudget:
     """How many images a search takes.
@@ -81,6 +85,10 @@ class SearchBudget:
     loudest: int
     near: int
     share: float | None = RANGES_SHARE
+
+    def of_few_numbers(self) -> SearchBudget:
+        """The budget where outputs are so few numbers that what one image tells is chance."""
+        return replace(self, few=max(self.few, FEW_NUMBERS_IMAGES), near=max(self.near, FEW_NUMBERS_NEAR))
 
 
 SEARCH_BUDGETS = {

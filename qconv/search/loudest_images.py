@@ -21,6 +21,9 @@ from qconv.runtime.session import Session
 
 STEP = "read again"
 
+FEW_NUMBERS = 4096
+"""Numbers of an image's outputs up to which a few images tell little."""
+
 APART_EVERY = 4
 """One of so many images may be set apart."""
 
@@ -32,11 +35,13 @@ class PickedImages:
     """Batches of images, the loudest first, then others in the order in which they are read.
 
     weights: the number of batches that each stands for. clean: what the float network says of each, tensor by tensor.
+    few_numbers: whether that is up to FEW_NUMBERS for an image.
     """
 
     feeds: Sequence[Batch]
     weights: Sequence[float]
     clean: Sequence[Sequence[NDArray[Any]]]
+    few_numbers: bool = False
 
     @property
     def count(self) -> int:
@@ -55,12 +60,20 @@ def pick_images(
     """Run the float network on all images, pick the loudest ones and others, and set some apart before.
 
     names: of the tensors that count. counts: how many images are loud, are others, and are set apart: evenly by their
-    loudness, one of APART_EVERY at most. Outputs of all images would not fit into memory: the picked ones run once more.
-    Returns the images that were picked, and those set apart.
+    loudness, one of APART_EVERY at most; where outputs are few numbers, all others, too. Outputs of all images would
+    not fit into memory: the picked ones run once more. Returns the images that were picked, and those set apart.
     """
     with runnable_with_outputs(model, names) as runnable:
         session = Session(runnable, name="the folded float model", threads=threads)
-    loudness = measure_loudness(parts, names, (session.run(names, batch) for batch in feed.iter_batches(STEP)))
+    sizes: list[int] = []
+
+    def run(batch: Batch) -> list[NDArray[Any]]:
+        found = session.run(names, batch)
+        sizes.append(sum(np.size(x) for x in found) // max(1, count_images(batch)))
+        return found
+
+    loudness = measure_loudness(parts, names, map(run, feed.iter_batches(STEP)))
+    few = max(sizes, default=0) <= FEW_NUMBERS
     loud, others, apart = (-(-count // feed.batch) for count in counts)
     ranked = np.argsort(-loudness, kind="stable").tolist()
     step = max(APART_EVERY, len(ranked) // max(apart, 1))
@@ -68,12 +81,14 @@ def pick_images(
     left = [index for index in range(len(ranked)) if index not in aside]
     first = [left.index(index) for index in ranked if index not in aside][:loud]
     picked = {left[at]: weight for at, weight in pick_batches(len(left), first, others).items()}
+    if few:
+        aside |= {index: 1.0 for index in left if index not in picked}
     wanted = picked | aside
     read = {index: batch for index, batch in enumerate(feed.iter_batches(STEP)) if index in wanted}
 
     def gather(chosen: dict[int, float]) -> PickedImages:
         feeds = [read[index] for index in chosen]
-        return PickedImages(feeds, [*chosen.values()], [session.run(names, batch) for batch in feeds])
+        return PickedImages(feeds, [*chosen.values()], [session.run(names, batch) for batch in feeds], few)
 
     return gather(picked), gather(aside)
 

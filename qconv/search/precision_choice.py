@@ -45,10 +45,8 @@ from qconv.search.range_widths import with_fine_weights
 
 STEP = "precision"
 
-POOR_DB, LEAST_GAIN_DB = 20.0, 2.0
-"""SQNR below which time is spent, and what that has to gain."""
-
-ENOUGH_DB = POOR_DB + LEAST_GAIN_DB
+POOR_DB, ENOUGH_DB, LEAST_GAIN_DB = 20.0, 24.0, 2.0
+"""SQNR below which time is spent, up to which, and what that has to gain at least."""
 
 MOST_NAMED = 3
 """Nodes that are named where there are more."""
@@ -99,9 +97,11 @@ def choose_division(
     if not costs.time(whole.integer):
         return ChosenDivision(known)  # sizes are not known before a run, nor are times
     trial = _DivisionTrial(folded, recipe, whole, names, apart, parts)
-    rest = trial.measure(frozenset())
-    problem = PrecisionProblem.of(model, whole, costs, noises, rest)
-    search = CurveSearch(problem.find_curve(folded.plan.integer), lambda point: trial.measure(point.integer))
+    problem = PrecisionProblem.of(model, whole, costs, noises)
+    search = CurveSearch(problem.fastest(folded.plan.integer), lambda point: trial.measure(point.integer))
+    if holds_gates is not None or search.is_poor:
+        problem.rest = trial.measure(frozenset())
+        search.curve = problem.find_curve(folded.plan.integer)
     chosen = search.choose(budget)
     if holds_gates is not None:
         chosen = search.find_holding(chosen, lambda point: holds_gates(trial.build(point.integer)))
@@ -171,10 +171,15 @@ class CurveSearch:
         """The points, from the fastest to the most accurate."""
         return self.curve.points
 
+    @property
+    def is_poor(self) -> bool:
+        """Whether the fastest point has too little."""
+        return self._measured_db(0) < POOR_DB
+
     def choose(self, budget: float) -> int:
         """The index of the point to take. budget: share of the all-integer time that it may be slower."""
         first = self.points[0]
-        if self._measured_db(0) >= POOR_DB:
+        if not self.is_poor:
             return 0
         most = max(min(first.time + budget, self.curve.float_time), first.time)
         allowed = [index for index, point in enumerate(self.points) if point.time <= most]

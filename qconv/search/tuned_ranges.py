@@ -60,7 +60,8 @@ def tune_ranges(
     images, apart = pick_images(folded.model, names, feed, counts, recipe.threads, parts)
 
     found = _search(folded, recipe, images, parts, reporter)
-    division = choose_division(folded, recipe, fed, found.noises, names, apart, parts, reporter, holds_gates)
+    tuned = replace(folded, set_ranges={**folded.set_ranges, **found.ranges})
+    division = choose_division(tuned, recipe, fed, found.noises, names, apart, parts, reporter, holds_gates)
     divided = division.floats != folded.plan.floats
     if divided:
         folded = replace(folded, plan=replan(folded.plan, folded.model, floats=division.floats))
@@ -78,6 +79,8 @@ def _search(
 ) -> RangeSearch:
     params, _ = choose_activation_params(folded.plan, folded.sketches, recipe, folded.set_ranges)
     budget, known = SEARCH_BUDGETS[recipe.effort], params.activations
+    if images.few_numbers:
+        budget = budget.of_few_numbers()
     return search_activation_ranges(
         folded.model, folded.plan, known, images.feeds, budget, recipe.threads, reporter, parts
     )
