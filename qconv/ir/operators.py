@@ -53,7 +53,12 @@ class IntegerDomainRule:
     """Works on the integer codes themselves, between QuantizeLinear and DequantizeLinear; parameters are shared."""
 
 
-Rule = WeightedRule | ComputingRule | TransparentRule | ConcatRule | IntegerDomainRule
+@dataclass(frozen=True, slots=True)
+class RequantizingRule:
+    """A line that ends at 0 and 1: a quantizer draws it by its scale and zero point, and saturates where it ends."""
+
+
+Rule = WeightedRule | ComputingRule | TransparentRule | ConcatRule | IntegerDomainRule | RequantizingRule
 
 
 class ChannelEffect(StrEnum):
@@ -282,6 +287,7 @@ OPERATORS: Mapping[str, Operator] = {
         saturates=lambda get: (-4.0, 4.0),
     ),
     "HardSigmoid": Operator(
+        RequantizingRule(),
         effect=ChannelEffect.FUNCTION,
         fused_behind_layer=True,
         gates=True,
@@ -289,6 +295,7 @@ OPERATORS: Mapping[str, Operator] = {
         output_range=(0.0, 1.0),
         function=_hard_sigmoid,
         saturates=_hard_sigmoid_ends,
+        remedy="between codes it is a quantizer: qconv quantize writes it so",
     ),
     "HardSwish": Operator(
         effect=ChannelEffect.FUNCTION, gates_itself=True, cutoff=lambda get: -3.0, function=_hard_swish
@@ -357,6 +364,9 @@ def with_(**wanted: object) -> frozenset[str]:
 
 
 QUANTIZATION_RULES: dict[str, Rule] = {name: row.rule for name, row in OPERATORS.items() if row.rule is not None}
+
+REQUANTIZED = frozenset(name for name, rule in QUANTIZATION_RULES.items() if isinstance(rule, RequantizingRule))
+"""Operators that are a quantizer between codes."""
 
 CLIPPING_ACTIVATIONS = with_(clips=True)
 """Operators that the quantizer behind the layer before can do by saturating."""

@@ -133,7 +133,7 @@ def run_float_passes(model: Model, *, for_ort: bool = False) -> list[Finding]:
     if any(isinstance(finding, Change) for finding in made):
         found += _run_to_fixpoint(model)
     if for_ort:
-        found += slopes.slopes_to_layers(model)
+        found += [*slopes.slopes_to_layers(model), *simplify.open_hard_swishes(model)]
     share_equal_weights(model)
     model.sweep()
     return list(dict.fromkeys(found))

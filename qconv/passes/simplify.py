@@ -198,6 +198,18 @@ def divide_by_multiplying(model: Model, node: Node) -> list[Change]:
     return [Change("simplify", title(node), "Div by a constant became Mul")]
 
 
+@each_node("simplify", "HardSwish")
+def open_hard_swishes(model: Model, node: Node) -> list[Change]:
+    """Replace HardSwish by x * HardSigmoid(x): ONNX Runtime runs it so anyway, and both have kernels for codes."""
+    data = data_input(node)
+    gate = model.build(
+        "HardSigmoid", [data], name=f"{title(node)}_gate", attributes={"alpha": 1 / 6, "beta": 0.5}, like=data
+    )
+    model.insert_before(node, gate)
+    model.become(node, "Mul", [data, gate.outputs[0]])
+    return [Change("simplify", title(node), "HardSwish became a Mul with its gate")]
+
+
 # -- Relu and Clip -----------------------------------------------------------------------------------------------------
 
 

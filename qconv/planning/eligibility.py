@@ -35,12 +35,14 @@ from qconv.ir.operators import (
     ComputingRule,
     ConcatRule,
     IntegerDomainRule,
+    RequantizingRule,
     Rule,
     TransparentRule,
     WeightedRule,
 )
 from qconv.ir.rewriting import standard_op_type, title, uses_only_first_output
 from qconv.planning.plan import LayerPlan, Plan
+from qconv.planning.requantizing import find_requantizer
 from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
 
 NO_16_BIT_KERNEL = "codes of 16 bits have no integer kernel"
@@ -198,12 +200,25 @@ def _refuse_on_codes(node: Node) -> str | None:
     return None
 
 
+def _refuse_requantizing(node: Node) -> str | None:
+    value = node.inputs[0]
+    if value is None or value.dtype not in (DataType.FLOAT, None):
+        return "its data is not float"
+    if find_requantizer(node) is None:
+        return "no quantizer draws a line that falls, or does not start between 0 and 1"
+    readers = [QUANTIZATION_RULES.get(use.node.op_type) for use in node.outputs[0].uses()]
+    if not all(isinstance(rule, ComputingRule) for rule in readers):
+        return "what reads it would have to take the parameters of its codes"
+    return None
+
+
 _BY_RULE = {
     WeightedRule: _refuse_weighted,
     ComputingRule: _refuse_computing,
     TransparentRule: _refuse_transparent,
     ConcatRule: _refuse_joining,
     IntegerDomainRule: _refuse_on_codes,
+    RequantizingRule: _refuse_requantizing,
 }
 
 

@@ -30,10 +30,11 @@ from qconv.ir.model import (
     rank,
     set_dims,
 )
-from qconv.ir.operators import QUANTIZATION_RULES, ComputingRule, TransparentRule, WeightedRule
+from qconv.ir.operators import QUANTIZATION_RULES, REQUANTIZED, ComputingRule, TransparentRule, WeightedRule
 from qconv.ir.rewriting import data_input
 from qconv.planning.eligibility import gives_places
 from qconv.planning.plan import Plan, data_inputs, data_positions
+from qconv.planning.requantizing import find_requantizer
 from qconv.quantization.layer import LayerParams
 from qconv.quantization.parameters import Params
 from qconv.quantizer import PerBlock, PerChannel, QuantParams
@@ -64,6 +65,7 @@ class _QdqWriter:
         self.codes: dict[Value, Value] = {}
         self.findings: list[Finding] = []
         self._shared: dict[object, Value] = {}
+        self._lines = {node: data_input(node) for node in plan.integer if node.op_type in REQUANTIZED}
 
     # -- activations -------------------------------------------------------------------------------------------------
 
@@ -73,6 +75,8 @@ class _QdqWriter:
             self._absorb(node)
         elif node in self.plan.on_codes:
             self._on_codes(node)
+        elif node in self._lines:
+            self._requantize(node)
         else:
             for value in node.outputs:
                 if value in self.plan.given and node.op_type == "DequantizeLinear":
@@ -202,6 +206,20 @@ class _QdqWriter:
         else:
             codes = self._clip_codes(codes, chosen, node)
         self._publish(result, codes, readers, rename=True)
+        self.model.remove(node)
+
+    def _requantize(self, node: Node) -> None:
+        """Codes read with one scale and quantized with another are what the node makes of them."""
+        source, result = self._lines[node], node.outputs[0]
+        line, chosen = find_requantizer(node), self.params.activations[source]
+        assert line is not None
+        before = self._dequantizer(self.codes[source], line.read(chosen), f"{result.name}_line", result)
+        self.model.insert_after(node, before)
+        if chosen.scale.ndim:
+            before = self._copy(before.outputs[0], before, result)
+        own = line.write(self.params.activations[result])
+        quantizer = self._quantizer(before.outputs[0], own, before, wish=result.name or "")
+        self._publish(result, quantizer.outputs[0], self._readers(result, node), rename=True)
         self.model.remove(node)
 
     def _readers(self, value: Value, producer: Node | None) -> list[Node]:

@@ -147,6 +147,20 @@ def _mul_broadcast(graph: Graph, x: str, channels: int) -> str:
     return graph.op("Mul", y, graph.op("GlobalAveragePool", y))
 
 
+def _hard_sigmoid(graph: Graph, x: str, channels: int) -> str:
+    """On codes a quantizer, whose scale and zero point are the line."""
+    y = POINTWISE(graph, x, channels)
+    if not graph.integer:
+        return graph.op("HardSigmoid", y, alpha=1 / 6, beta=0.5)
+    (codes, *_) = graph.nodes[-1].input
+    line = graph.constant(np.float32(SCALE / 6)), graph.constant(np.uint8(ZERO))
+    last = graph.constant(np.float32(1 / 255))
+    made = graph.node(
+        "QuantizeLinear", graph.node("DequantizeLinear", codes, *line), last, graph.constant(np.uint8(128))
+    )
+    return graph.node("DequantizeLinear", made, last, graph.constant(np.uint8(0)))
+
+
 def _shuffled(graph: Graph, x: str, channels: int) -> str:
     side = graph.side
     split = graph.constant(np.int64([1, 4, channels // 4, side, side]))
@@ -261,7 +275,7 @@ KINDS: dict[str, Kind] = {
     "mul_broadcast": _of_elements(_mul_broadcast),
     "Sigmoid": _of_elements(after_conv("Sigmoid")),
     "LeakyRelu": _of_elements(after_conv("LeakyRelu", alpha=0.1)),
-    "HardSigmoid": _of_elements(after_conv("HardSigmoid")),
+    "HardSigmoid": _of_elements(_hard_sigmoid),
     "Div": _of_elements(_divided),
     "MaxPool": _of_elements(after_conv("MaxPool", **POOL)),
     "max_pool_nchw": Kind(_pooled_noise, _noisy, bare=True, sides=(14, 28, 56), channels=(16, 64)),

@@ -22,6 +22,7 @@ from qconv.ir.operators import (
     ComputingRule,
     ConcatRule,
     IntegerDomainRule,
+    RequantizingRule,
     Rule,
     TransparentRule,
     WeightedRule,
@@ -40,6 +41,7 @@ KINDS: dict[type[Rule], str] = {
     TransparentRule: "Moves or picks codes; what it reads and what it gives share a scale.",
     ConcatRule: "Joins codes; what nothing else reads takes the scale of the result.",
     IntegerDomainRule: "Changes the codes themselves; what it reads and what it gives share a scale.",
+    RequantizingRule: "Becomes a quantizer between codes, which ends at the same bounds.",
 }
 
 
