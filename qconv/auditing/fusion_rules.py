@@ -18,7 +18,7 @@ from qconv.ir.operators import (
     CLIPPING_ACTIVATIONS,
     QUANTIZATION_RULES,
     IntegerDomainRule,
-    RequantizingRule,
+    SaturatingLineRule,
     TransparentRule,
     WeightedRule,
     operator,
@@ -58,7 +58,7 @@ def find_float_reason(node: Node) -> FloatReason:
 
 def _check_kernel(node: Node) -> FloatReason | None:
     row = operator(node.op_type)
-    alone = row.rule is not None and not isinstance(row.rule, RequantizingRule)
+    alone = row.rule is not None and not isinstance(row.rule, SaturatingLineRule)
     if alone and node.op_type != "ConvTranspose" and node.domain in ("", "ai.onnx"):
         return None
     return None if row.has_kernel else FloatReason("no-kernel", f"{node.op_type} has no integer kernel", row.remedy)

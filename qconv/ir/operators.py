@@ -54,11 +54,11 @@ class IntegerDomainRule:
 
 
 @dataclass(frozen=True, slots=True)
-class RequantizingRule:
-    """A line that ends at 0 and 1: a quantizer draws it by its scale and zero point, and saturates where it ends."""
+class SaturatingLineRule:
+    """A line that ends at 0 and 1, where its codes end: what it reads, as steep as the line, plus a constant."""
 
 
-Rule = WeightedRule | ComputingRule | TransparentRule | ConcatRule | IntegerDomainRule | RequantizingRule
+Rule = WeightedRule | ComputingRule | TransparentRule | ConcatRule | IntegerDomainRule | SaturatingLineRule
 
 
 class ChannelEffect(StrEnum):
@@ -287,7 +287,7 @@ OPERATORS: Mapping[str, Operator] = {
         saturates=lambda get: (-4.0, 4.0),
     ),
     "HardSigmoid": Operator(
-        RequantizingRule(),
+        SaturatingLineRule(),
         effect=ChannelEffect.FUNCTION,
         fused_behind_layer=True,
         gates=True,
@@ -295,7 +295,6 @@ OPERATORS: Mapping[str, Operator] = {
         output_range=(0.0, 1.0),
         function=_hard_sigmoid,
         saturates=_hard_sigmoid_ends,
-        remedy="between codes it is a quantizer: qconv quantize writes it so",
     ),
     "HardSwish": Operator(
         effect=ChannelEffect.FUNCTION, gates_itself=True, cutoff=lambda get: -3.0, function=_hard_swish
@@ -365,8 +364,8 @@ def with_(**wanted: object) -> frozenset[str]:
 
 QUANTIZATION_RULES: dict[str, Rule] = {name: row.rule for name, row in OPERATORS.items() if row.rule is not None}
 
-REQUANTIZED = frozenset(name for name, rule in QUANTIZATION_RULES.items() if isinstance(rule, RequantizingRule))
-"""Operators that are a quantizer between codes."""
+SATURATING_LINES = frozenset(name for name, rule in QUANTIZATION_RULES.items() if isinstance(rule, SaturatingLineRule))
+"""Operators that become a sum of codes and a constant."""
 
 CLIPPING_ACTIVATIONS = with_(clips=True)
 """Operators that the quantizer behind the layer before can do by saturating."""

@@ -35,14 +35,14 @@ from qconv.ir.operators import (
     ComputingRule,
     ConcatRule,
     IntegerDomainRule,
-    RequantizingRule,
     Rule,
+    SaturatingLineRule,
     TransparentRule,
     WeightedRule,
 )
 from qconv.ir.rewriting import standard_op_type, title, uses_only_first_output
 from qconv.planning.plan import LayerPlan, Plan
-from qconv.planning.requantizing import find_requantizer
+from qconv.planning.saturating_line import find_saturating_line
 from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
 
 NO_16_BIT_KERNEL = "codes of 16 bits have no integer kernel"
@@ -200,12 +200,12 @@ def _refuse_on_codes(node: Node) -> str | None:
     return None
 
 
-def _refuse_requantizing(node: Node) -> str | None:
+def _refuse_line(node: Node) -> str | None:
     value = node.inputs[0]
     if value is None or value.dtype not in (DataType.FLOAT, None):
         return "its data is not float"
-    if find_requantizer(node) is None:
-        return "no quantizer draws a line that falls, or does not start between 0 and 1"
+    if find_saturating_line(node) is None:
+        return "its line does not rise"
     readers = [QUANTIZATION_RULES.get(use.node.op_type) for use in node.outputs[0].uses()]
     if not all(isinstance(rule, ComputingRule) for rule in readers):
         return "what reads it would have to take the parameters of its codes"
@@ -218,7 +218,7 @@ _BY_RULE = {
     TransparentRule: _refuse_transparent,
     ConcatRule: _refuse_joining,
     IntegerDomainRule: _refuse_on_codes,
-    RequantizingRule: _refuse_requantizing,
+    SaturatingLineRule: _refuse_line,
 }
 
 

@@ -177,7 +177,7 @@ class Plan:
     on_codes: nodes that work between quantizer and dequantizer.
     ties: groups of tensors that share parameters.
     given: quantized tensors that need no range: those with the codes of a dequantizer in the model, the input's pixels,
-        and those that a quantizer between codes makes (`requantizing`).
+        and those whose codes end where a line does (`saturating_line`).
     gates: tensors whose only reader is an activation that is zero far below zero.
     head: tensors that the last layers write, where more is computed of them.
     kept: node name -> why it stays float, or runs in float although its tensors are quantized.

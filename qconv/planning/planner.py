@@ -20,8 +20,8 @@ from qconv.ir.operators import (
     ComputingRule,
     ConcatRule,
     IntegerDomainRule,
-    RequantizingRule,
     Rule,
+    SaturatingLineRule,
     TransparentRule,
     WeightedRule,
     with_,
@@ -139,7 +139,7 @@ class _Planner:
             return self.target.float_ops[node.op_type]
         if weights_only and not isinstance(rule, WeightedRule):
             return "only weights are quantized"
-        if isinstance(rule, RequantizingRule) and recipe.activation_bits > 8:
+        if isinstance(rule, SaturatingLineRule) and recipe.activation_bits > 8:
             return NO_16_BIT_KERNEL
         return explain_refusal(node, rule) or self.floats.get(name)
 
@@ -365,7 +365,7 @@ class _Planner:
     def take_given(self) -> None:
         """Keep the parameters of tensors that hold codes already, and of what is copied or cut from them.
 
-        Those of what a quantizer between codes makes are its own.
+        A line that saturates ends with its codes.
 
         Where such a tensor shares its parameters with others, as in a Concat, it is rounded like any tensor.
         """
@@ -373,7 +373,7 @@ class _Planner:
         for node in self.nodes:
             value = node.outputs[0]
             spec = plan.activations[value].spec if value in plan.activations else None
-            if spec is not None and isinstance(self.eligible.get(node), RequantizingRule) and node in plan.integer:
+            if spec is not None and isinstance(self.eligible.get(node), SaturatingLineRule) and node in plan.integer:
                 plan.given[value] = spec.from_range(0.0, 1.0)
             group = groups.get(value, ())
             others = [member for member in group if member is not value]
@@ -436,7 +436,7 @@ def _previous_nodes(node: Node) -> Iterator[Node]:
 
 
 def _is_float_in_tail(rule: Rule | None) -> bool:
-    return isinstance(rule, RequantizingRule) or (isinstance(rule, ComputingRule) and rule.float_in_tail)
+    return isinstance(rule, SaturatingLineRule) or (isinstance(rule, ComputingRule) and rule.float_in_tail)
 
 
 def is_quantizable_layer(node: Node) -> bool:

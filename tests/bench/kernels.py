@@ -148,17 +148,13 @@ def _mul_broadcast(graph: Graph, x: str, channels: int) -> str:
 
 
 def _hard_sigmoid(graph: Graph, x: str, channels: int) -> str:
-    """On codes a quantizer, whose scale and zero point are the line."""
+    """On codes a sum: of what is read as steep as the line, and a constant."""
     y = POINTWISE(graph, x, channels)
     if not graph.integer:
         return graph.op("HardSigmoid", y, alpha=1 / 6, beta=0.5)
     (codes, *_) = graph.nodes[-1].input
-    line = graph.constant(np.float32(SCALE / 6)), graph.constant(np.uint8(ZERO))
-    last = graph.constant(np.float32(1 / 255))
-    made = graph.node(
-        "QuantizeLinear", graph.node("DequantizeLinear", codes, *line), last, graph.constant(np.uint8(128))
-    )
-    return graph.node("DequantizeLinear", made, last, graph.constant(np.uint8(0)))
+    line = graph.node("DequantizeLinear", codes, graph.constant(np.float32(SCALE / 6)), graph.constant(np.uint8(ZERO)))
+    return graph.op("Add", line, graph.scalar())
 
 
 def _shuffled(graph: Graph, x: str, channels: int) -> str:

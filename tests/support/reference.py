@@ -22,8 +22,8 @@ from qconv.ir.operators import (
     ComputingRule,
     ConcatRule,
     IntegerDomainRule,
-    RequantizingRule,
     Rule,
+    SaturatingLineRule,
     TransparentRule,
     WeightedRule,
 )
@@ -41,7 +41,7 @@ KINDS: dict[type[Rule], str] = {
     TransparentRule: "Moves or picks codes; what it reads and what it gives share a scale.",
     ConcatRule: "Joins codes; what nothing else reads takes the scale of the result.",
     IntegerDomainRule: "Changes the codes themselves; what it reads and what it gives share a scale.",
-    RequantizingRule: "Becomes a quantizer between codes, which ends at the same bounds.",
+    SaturatingLineRule: "Becomes an Add of a constant, whose codes end where the line does.",
 }
 
 
