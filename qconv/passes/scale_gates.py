@@ -63,7 +63,7 @@ def _find_gates(model: Model) -> list[ScalableGate]:
 
 
 def open_gates(model: Model, names: Collection[str]) -> dict[str, Node]:
-    """Put a depthwise layer with weights of 1 in front of the gates that read these tensors; the model computes as before.
+    """Put a depthwise layer with weights of 1 in front of the gates that read these tensors, which changes nothing.
 
     Returns the layers by the names of the tensors.
     """
