@@ -18,6 +18,7 @@ from qconv.ir.operators import (
     CLIPPING_ACTIVATIONS,
     QUANTIZATION_RULES,
     IntegerDomainRule,
+    SaturatingLineRule,
     TransparentRule,
     WeightedRule,
     operator,
@@ -56,9 +57,10 @@ def find_float_reason(node: Node) -> FloatReason:
 
 
 def _check_kernel(node: Node) -> FloatReason | None:
-    if node.op_type in QUANTIZATION_RULES and node.op_type != "ConvTranspose" and node.domain in ("", "ai.onnx"):
-        return None
     row = operator(node.op_type)
+    alone = row.rule is not None and not isinstance(row.rule, SaturatingLineRule)
+    if alone and node.op_type != "ConvTranspose" and node.domain in ("", "ai.onnx"):
+        return None
     return None if row.has_kernel else FloatReason("no-kernel", f"{node.op_type} has no integer kernel", row.remedy)
 
 

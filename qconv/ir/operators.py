@@ -53,7 +53,12 @@ class IntegerDomainRule:
     """Works on the integer codes themselves, between QuantizeLinear and DequantizeLinear; parameters are shared."""
 
 
-Rule = WeightedRule | ComputingRule | TransparentRule | ConcatRule | IntegerDomainRule
+@dataclass(frozen=True, slots=True)
+class SaturatingLineRule:
+    """A line that ends at 0 and 1, where its codes end: what it reads, as steep as the line, plus a constant."""
+
+
+Rule = WeightedRule | ComputingRule | TransparentRule | ConcatRule | IntegerDomainRule | SaturatingLineRule
 
 
 class ChannelEffect(StrEnum):
@@ -282,6 +287,7 @@ OPERATORS: Mapping[str, Operator] = {
         saturates=lambda get: (-4.0, 4.0),
     ),
     "HardSigmoid": Operator(
+        SaturatingLineRule(),
         effect=ChannelEffect.FUNCTION,
         fused_behind_layer=True,
         gates=True,
@@ -357,6 +363,9 @@ def with_(**wanted: object) -> frozenset[str]:
 
 
 QUANTIZATION_RULES: dict[str, Rule] = {name: row.rule for name, row in OPERATORS.items() if row.rule is not None}
+
+SATURATING_LINES = frozenset(name for name, rule in QUANTIZATION_RULES.items() if isinstance(rule, SaturatingLineRule))
+"""Operators that become a sum of codes and a constant."""
 
 CLIPPING_ACTIVATIONS = with_(clips=True)
 """Operators that the quantizer behind the layer before can do by saturating."""

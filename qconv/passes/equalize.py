@@ -190,7 +190,7 @@ class _Equalization:
     def _balance(self, seen: ChannelObservations) -> tuple[list[Finding], bool]:
         """Bring channels near that are far from the others. Returns whether any were."""
         found = find_far_channels(seen)
-        u = found.within(*_log_scale_bounds(seen, math.inf))
+        u = found.within(*log_scale_bounds(seen, math.inf))
         refused = self._scale(u) if u.any() else None
         if refused is not None:
             return [refused], False
@@ -212,7 +212,7 @@ class _Equalization:
     def _scale_by_noise(self, seen: ChannelObservations, most: int) -> list[Finding]:
         """Scale channels for the least noise. most: weights of a layer that count."""
         terms = collect_noise_terms(self.model, self.plan, seen, most)
-        found = choose_scales(self.groups, terms, *_log_scale_bounds(seen))
+        found = choose_scales(self.groups, terms, *log_scale_bounds(seen))
         found = replace(found, u=round_log_scale(found.u))
         if not found.u.any():
             return []
@@ -274,7 +274,7 @@ def _plan_observers(plan: Plan, groups: ScaleGroups, low: Set[Value]) -> list[Ob
     return [Observer(one.name, one.want) if value in low else one for value, one in observers.items()]
 
 
-def _log_scale_bounds(seen: ChannelObservations, largest: float = LARGEST_LOG_SCALE) -> tuple[Float64, Float64]:
+def log_scale_bounds(seen: ChannelObservations, largest: float = LARGEST_LOG_SCALE) -> tuple[Float64, Float64]:
     """Least and largest log s of every class; both zero where it is fixed or a Clip binds."""
     groups = seen.groups
     lowest = np.where(groups.fixed, 0.0, -largest)

@@ -133,7 +133,8 @@ def run_float_passes(model: Model, *, for_ort: bool = False) -> list[Finding]:
     if any(isinstance(finding, Change) for finding in made):
         found += _run_to_fixpoint(model)
     if for_ort:
-        found += slopes.slopes_to_layers(model)
+        for run in (slopes.slopes_to_layers, simplify.open_hard_swishes, simplify.clip_at_layers):
+            found += run(model)
     share_equal_weights(model)
     model.sweep()
     return list(dict.fromkeys(found))

@@ -15,6 +15,7 @@ from math import inf
 import numpy as np
 
 from qconv.errors import Change
+from qconv.ir.layers import check_finite, read_layer, scale_outputs, write_layer
 from qconv.ir.model import (
     DataType,
     Model,
@@ -45,6 +46,7 @@ from qconv.ir.rewriting import (
     uses_only_first_output,
 )
 from qconv.passes.every_axis import fence_from_transposes, pad_every_axis, resize_every_axis
+from qconv.planning.saturating_line import find_saturating_line
 
 
 def _bypass(model: Model, node: Node) -> None:
@@ -196,6 +198,37 @@ def divide_by_multiplying(model: Model, node: Node) -> list[Change]:
         raise EditRefused("it divides by zero, or by a number too small to invert")
     model.become(node, "Mul", [data, model.constant(f"{title(node)}_factor", factor)])
     return [Change("simplify", title(node), "Div by a constant became Mul")]
+
+
+@each_node("simplify", "HardSwish")
+def open_hard_swishes(model: Model, node: Node) -> list[Change]:
+    """Replace HardSwish by x * HardSigmoid(x): ONNX Runtime runs it so anyway, and both have kernels for codes."""
+    data = data_input(node)
+    gate = model.build(
+        "HardSigmoid", [data], name=f"{title(node)}_gate", attributes={"alpha": 1 / 6, "beta": 0.5}, like=data
+    )
+    model.insert_before(node, gate)
+    model.become(node, "Mul", [data, gate.outputs[0]])
+    return [Change("simplify", title(node), "HardSwish became a Mul with its gate")]
+
+
+@each_node("simplify", "HardSigmoid")
+def clip_at_layers(model: Model, node: Node) -> list[Change]:
+    """Replace the HardSigmoid that alone reads a layer by a Clip to 0 and 1; the layer's weights take its line.
+
+    The quantizer behind the layer then does it, as it does any Clip.
+    """
+    data, line = data_input(node), find_saturating_line(node)
+    before = data.producer()
+    layered = before is not None and standard_op_type(before) in ("Conv", "ConvTranspose", "Gemm")
+    if before is None or not layered or line is None or model.sole_reader(data) is not node:
+        return []
+    layer = scale_outputs(read_layer(before), np.array([line.slope]), np.array([line.shift]))
+    check_finite(layer)
+    write_layer(model, layer)
+    ends = [model.constant(f"{title(node)}_{end:.0f}", np.array(end, np.float32)) for end in (0.0, 1.0)]
+    model.become(node, "Clip", [data, *ends])
+    return [Change("simplify", title(node), f"HardSigmoid became a Clip of {describe_node(before)}")]
 
 
 # -- Relu and Clip -----------------------------------------------------------------------------------------------------

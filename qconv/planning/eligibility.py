@@ -36,11 +36,13 @@ from qconv.ir.operators import (
     ConcatRule,
     IntegerDomainRule,
     Rule,
+    SaturatingLineRule,
     TransparentRule,
     WeightedRule,
 )
 from qconv.ir.rewriting import standard_op_type, title, uses_only_first_output
 from qconv.planning.plan import LayerPlan, Plan
+from qconv.planning.saturating_line import find_saturating_line
 from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
 
 NO_16_BIT_KERNEL = "codes of 16 bits have no integer kernel"
@@ -198,12 +200,25 @@ def _refuse_on_codes(node: Node) -> str | None:
     return None
 
 
+def _refuse_line(node: Node) -> str | None:
+    value = node.inputs[0]
+    if value is None or value.dtype not in (DataType.FLOAT, None):
+        return "its data is not float"
+    if find_saturating_line(node) is None:
+        return "its line does not rise"
+    readers = [QUANTIZATION_RULES.get(use.node.op_type) for use in node.outputs[0].uses()]
+    if not all(isinstance(rule, ComputingRule) for rule in readers):
+        return "what reads it would have to take the parameters of its codes"
+    return None
+
+
 _BY_RULE = {
     WeightedRule: _refuse_weighted,
     ComputingRule: _refuse_computing,
     TransparentRule: _refuse_transparent,
     ConcatRule: _refuse_joining,
     IntegerDomainRule: _refuse_on_codes,
+    SaturatingLineRule: _refuse_line,
 }
 
 

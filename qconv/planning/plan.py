@@ -179,7 +179,8 @@ class Plan:
     absorbed: Relu or Clip -> the node whose quantizer takes its place.
     on_codes: nodes that work between quantizer and dequantizer.
     ties: groups of tensors that share parameters.
-    given: quantized tensors with the codes of a dequantizer in the model, the input's pixels, which need no range.
+    given: quantized tensors that need no range: those with the codes of a dequantizer in the model, the input's pixels,
+        and those whose codes end where a line does (`saturating_line`).
     gates: tensors whose only reader is an activation that is zero far below zero.
     head: tensors that the last layers write, where more is computed of them.
     kept: node name -> why it stays float, or runs in float although its tensors are quantized.

@@ -21,6 +21,7 @@ from qconv.ir.operators import (
     ConcatRule,
     IntegerDomainRule,
     Rule,
+    SaturatingLineRule,
     TransparentRule,
     WeightedRule,
     with_,
@@ -138,6 +139,8 @@ class _Planner:
             return self.target.float_ops[node.op_type]
         if weights_only and not isinstance(rule, WeightedRule):
             return "only weights are quantized"
+        if isinstance(rule, SaturatingLineRule) and recipe.activation_bits > 8:
+            return NO_16_BIT_KERNEL
         return explain_refusal(node, rule) or self.floats.get(name)
 
     # -- layers with weights ---------------------------------------------------------------------------------------
@@ -231,7 +234,7 @@ class _Planner:
                 return reason.why
         rule = self.eligible.get(node)
         in_head = node in self.after_weights and node not in self.reaches_weights
-        if in_head and (isinstance(rule, ConcatRule) or (isinstance(rule, ComputingRule) and rule.float_in_tail)):
+        if in_head and (isinstance(rule, ConcatRule) or _is_float_in_tail(rule)):
             return HEAD_REASON
         return "no quantized tensor reaches it, so codes would only cost"
 
@@ -242,7 +245,7 @@ class _Planner:
             # two activations multiplied: an operator like any other
             return bool(data) and all(value in self.quantized for value in data)
         tail = node not in self.reaches_weights
-        if tail and isinstance(rule, ComputingRule) and rule.float_in_tail:
+        if tail and _is_float_in_tail(rule):
             return False
         if tail and isinstance(rule, ConcatRule) and node in self.after_weights:
             return False  # boxes and scores would share a scale
@@ -362,11 +365,16 @@ class _Planner:
     def take_given(self) -> None:
         """Keep the parameters of tensors that hold codes already, and of what is copied or cut from them.
 
+        A line that saturates ends with its codes.
+
         Where such a tensor shares its parameters with others, as in a Concat, it is rounded like any tensor.
         """
         plan, groups = self.plan, self.plan.group_of()
         for node in self.nodes:
             value = node.outputs[0]
+            spec = plan.activations[value].spec if value in plan.activations else None
+            if spec is not None and isinstance(self.eligible.get(node), SaturatingLineRule) and node in plan.integer:
+                plan.given[value] = spec.from_range(0.0, 1.0)
             group = groups.get(value, ())
             others = [member for member in group if member is not value]
             dequantizer = read_dequantizer(value)
@@ -425,6 +433,10 @@ def _previous_nodes(node: Node) -> Iterator[Node]:
         producer = value.producer() if value is not None else None
         if producer is not None:
             yield producer
+
+
+def _is_float_in_tail(rule: Rule | None) -> bool:
+    return isinstance(rule, SaturatingLineRule) or (isinstance(rule, ComputingRule) and rule.float_in_tail)
 
 
 def is_quantizable_layer(node: Node) -> bool:

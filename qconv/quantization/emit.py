@@ -30,13 +30,14 @@ from qconv.ir.model import (
     rank,
     set_dims,
 )
-from qconv.ir.operators import QUANTIZATION_RULES, ComputingRule, TransparentRule, WeightedRule
+from qconv.ir.operators import QUANTIZATION_RULES, SATURATING_LINES, ComputingRule, TransparentRule, WeightedRule
 from qconv.ir.rewriting import data_input
 from qconv.planning.eligibility import gives_places
 from qconv.planning.plan import Plan, data_inputs, data_positions
+from qconv.planning.saturating_line import find_saturating_line
 from qconv.quantization.layer import LayerParams
 from qconv.quantization.parameters import Params
-from qconv.quantizer import PerBlock, PerChannel, QuantParams
+from qconv.quantizer import PerBlock, PerChannel, QuantParams, QuantSpec
 
 FUSIBLE_RULES = (WeightedRule, ComputingRule)
 """Rules of the operators that have integer kernels in ONNX Runtime whose results differ from those of float."""
@@ -64,6 +65,7 @@ class _QdqWriter:
         self.codes: dict[Value, Value] = {}
         self.findings: list[Finding] = []
         self._shared: dict[object, Value] = {}
+        self._lines = {node: data_input(node) for node in plan.integer if node.op_type in SATURATING_LINES}
 
     # -- activations -------------------------------------------------------------------------------------------------
 
@@ -73,6 +75,8 @@ class _QdqWriter:
             self._absorb(node)
         elif node in self.plan.on_codes:
             self._on_codes(node)
+        elif node in self._lines:
+            self._add_to_codes(node)
         else:
             for value in node.outputs:
                 if value in self.plan.given and node.op_type == "DequantizeLinear":
@@ -203,6 +207,21 @@ class _QdqWriter:
             codes = self._clip_codes(codes, chosen, node)
         self._publish(result, codes, readers, rename=True)
         self.model.remove(node)
+
+    def _add_to_codes(self, node: Node) -> None:
+        """A line that saturates is a sum of its codes, read as steep as it is, and a constant."""
+        source, result = self._lines[node], node.outputs[0]
+        line, chosen = find_saturating_line(node), self.params.activations[source]
+        assert line is not None
+        before = self._dequantizer(self.codes[source], line.read(chosen), f"{result.name}_line", result)
+        self.model.insert_before(node, before)
+        if chosen.scale.ndim:
+            before = self._copy(before.outputs[0], before, result)
+        shift = self.model.constant(f"{result.name}_shift", np.array(line.shift, np.float32))
+        own = QuantSpec(8, signed=False, symmetric=False).from_range(line.shift, line.shift)
+        self.model.become(node, "Add", [before.outputs[0], shift])
+        self.constant(shift, own)
+        self.tensor(result, node)
 
     def _readers(self, value: Value, producer: Node | None) -> list[Node]:
         """The readers of the dequantized value: all of them, or those that the plan has read codes."""

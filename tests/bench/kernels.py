@@ -147,6 +147,16 @@ def _mul_broadcast(graph: Graph, x: str, channels: int) -> str:
     return graph.op("Mul", y, graph.op("GlobalAveragePool", y))
 
 
+def _hard_sigmoid(graph: Graph, x: str, channels: int) -> str:
+    """On codes a sum: of what is read as steep as the line, and a constant."""
+    y = POINTWISE(graph, x, channels)
+    if not graph.integer:
+        return graph.op("HardSigmoid", y, alpha=1 / 6, beta=0.5)
+    (codes, *_) = graph.nodes[-1].input
+    line = graph.node("DequantizeLinear", codes, graph.constant(np.float32(SCALE / 6)), graph.constant(np.uint8(ZERO)))
+    return graph.op("Add", line, graph.scalar())
+
+
 def _shuffled(graph: Graph, x: str, channels: int) -> str:
     side = graph.side
     split = graph.constant(np.int64([1, 4, channels // 4, side, side]))
@@ -277,7 +287,7 @@ KINDS: dict[str, Kind] = {
     "Sigmoid": _of_elements(after_conv("Sigmoid")),
     "silu": _of_elements(_silu),
     "LeakyRelu": _of_elements(after_conv("LeakyRelu", alpha=0.1)),
-    "HardSigmoid": _of_elements(after_conv("HardSigmoid")),
+    "HardSigmoid": _of_elements(_hard_sigmoid),
     "Div": _of_elements(_divided),
     "MaxPool": _of_elements(after_conv("MaxPool", **POOL)),
     "max_pool_nchw": Kind(_pooled_noise, _noisy, bare=True, sides=(14, 28, 56), channels=(16, 64)),

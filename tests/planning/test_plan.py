@@ -117,6 +117,7 @@ BETWEEN: dict[str, tuple[str, dict[str, Constant]]] = {
     "Tile": ("a = Tile(c, n)", {"n": ints(1, 1, 2, 1)}),
     "Resize": ('a = Resize<mode="nearest">(c, , k)', {"k": np.float32([1, 1, 2, 2])}),
     "DepthToSpace": ("a = DepthToSpace<blocksize=2>(c)", {}),
+    "HardSigmoid": ("a = HardSigmoid(c) m = Mul(c, a)", {}),
     "Concat": ("d = Conv(x, v) a = Concat<axis=1>(c, d)", {"v": (3, 3, 1, 1)}),
     # read elsewhere, too: a Relu or Clip that is the only reader is absorbed
     "Relu": ("d = Conv(c, u) a = Relu(c)", {"u": (4, 4, 1, 1)}),
@@ -130,6 +131,7 @@ BEHIND: dict[str, tuple[str, tuple[int, ...]]] = {
     "Unsqueeze": ("Conv(d, t)", (2, 4, 1, 1)),
     "DepthToSpace": ("Conv(a, t)", (2, 1, 1, 1)),
     "Concat": ("Conv(a, t)", (2, 7, 1, 1)),
+    "HardSigmoid": ("Conv(m, t)", (2, 4, 1, 1)),
 }
 
 
@@ -309,7 +311,8 @@ FLOAT = {
         {"k": np.float32([1, 1, 2, 2])},
         "only by nearest neighbour",
     ),
-    "hard sigmoid": ("a = HardSigmoid(c)", {}, "HardSigmoid has no integer kernel"),
+    "hard sigmoid in front of a layer": ("a = HardSigmoid(c)", {}, "what reads it would have to take the parameters"),
+    "falling": ("a = HardSigmoid<alpha=-0.2>(c) m = Mul(c, a)", {}, "its line does not rise"),
     "hard swish": ("a = HardSwish(c)", {}, "HardSwish has no integer kernel"),
     "tanh": ("a = Tanh(c)", {}, "Tanh has no integer kernel"),
     "computed weights": ("u = Tanh(c) a = Conv(c, u)", {}, "its weights are computed"),

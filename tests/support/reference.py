@@ -23,6 +23,7 @@ from qconv.ir.operators import (
     ConcatRule,
     IntegerDomainRule,
     Rule,
+    SaturatingLineRule,
     TransparentRule,
     WeightedRule,
 )
@@ -40,6 +41,7 @@ KINDS: dict[type[Rule], str] = {
     TransparentRule: "Moves or picks codes; what it reads and what it gives share a scale.",
     ConcatRule: "Joins codes; what nothing else reads takes the scale of the result.",
     IntegerDomainRule: "Changes the codes themselves; what it reads and what it gives share a scale.",
+    SaturatingLineRule: "Becomes an Add of a constant, whose codes end where the line does.",
 }
 
 
