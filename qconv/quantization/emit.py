@@ -2,9 +2,10 @@
 
     layer -> QuantizeLinear [-> Clip on codes] -> DequantizeLinear -> every reader
 
-One pair a tensor, however many read it: two quantizers on one tensor keep ONNX Runtime from using an integer kernel.
-Codes of fewer than 8 bits live in 8-bit containers, the Clip holds them to their range. A Relu or Clip behind a layer
-goes away where the codes saturate at its bounds, and otherwise becomes a Clip on the codes.
+One pair a tensor, however many read it: two quantizers on one tensor keep ONNX Runtime from using an integer kernel. An
+Identity between two types of codes is a second pair alone. Codes of fewer than 8 bits live in 8-bit containers, a Clip
+holds them to their range. A Relu or Clip behind a layer goes away where the codes saturate at its bounds, and otherwise
+becomes a Clip on the codes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from qconv.ir.operators import QUANTIZATION_RULES, ComputingRule, TransparentRul
 from qconv.ir.rewriting import data_input
 from qconv.planning.eligibility import gives_places
 from qconv.planning.plan import Plan, data_inputs, data_positions
+from qconv.planning.widths import COPY
 from qconv.quantization.layer import LayerParams
 from qconv.quantization.parameters import Params
 from qconv.quantizer import PerBlock, PerChannel, QuantParams
@@ -73,6 +75,8 @@ class _QdqWriter:
             self._absorb(node)
         elif node in self.plan.on_codes:
             self._on_codes(node)
+        elif self._converts(node):
+            self._quantize_again(node)
         else:
             for value in node.outputs:
                 if value in self.plan.given and node.op_type == "DequantizeLinear":
@@ -177,6 +181,21 @@ class _QdqWriter:
         self.findings.append(Change("absorb", where, gone, summed_up))
         self._publish(result, codes, readers, rename=True)
         self.model.remove(activation)
+
+    def _converts(self, node: Node) -> bool:
+        """Whether a node is a copy that changes the type of codes: a quantizer behind a dequantizer does that alone."""
+        codes, chosen = self.codes.get(data_input(node)), self.params.activations.get(node.outputs[0])
+        if node.op_type != COPY or codes is None or chosen is None or chosen.bits is not None:
+            return False
+        return codes.dtype != DataType.from_numpy(chosen.spec.dtype)
+
+    def _quantize_again(self, copy: Node) -> None:
+        """A quantizer behind the dequantizer of what a copy reads takes the copy's place."""
+        result, readers = copy.outputs[0], self._readers(copy.outputs[0], copy)
+        chosen = self.params.activations[result]
+        quantizer = self._quantizer(data_input(copy), chosen, copy, wish=result.name or "")
+        self._publish(result, self._hold_to_bits(quantizer, chosen), readers, rename=True)
+        self.model.remove(copy)
 
     def _on_codes(self, node: Node) -> None:
         result, source = node.outputs[0], node.inputs[0]
