@@ -28,6 +28,8 @@ from qconv.planning.plan import data_positions
 
 INTEGER_TYPES = frozenset({DataType.UINT8, DataType.INT8})
 
+WIDE_TYPES = frozenset({DataType.UINT16, DataType.INT16})
+
 
 @dataclass(frozen=True, slots=True)
 class FloatReason:
@@ -92,6 +94,14 @@ def _check_types(node: Node) -> FloatReason | None:
             name = kind.name.lower()
             return FloatReason("types", f"{name} codes have no integer kernel", "use 8 bits, or hold fewer bits in 8")
     return None
+
+
+def touches_16_bits(node: Node) -> bool:
+    """Whether a node reads codes of 16 bits, or what it writes becomes such."""
+    read = (find_dequantizer(value) for value in node.inputs)
+    behind = _find_quantizer_behind(node) if node.outputs else None
+    codes = [made.inputs[0] for made in read if made is not None] + ([] if behind is None else [behind.outputs[0]])
+    return any(value is not None and value.dtype in WIDE_TYPES for value in codes)
 
 
 def _check_channel_scales(node: Node) -> FloatReason | None:
