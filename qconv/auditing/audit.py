@@ -24,7 +24,7 @@ from qconv.auditing.fusion_rules import (
     FloatReason,
     find_dequantizer,
     find_float_reason,
-    touches_16_bits,
+    reads_16_bits,
 )
 from qconv.config.choices import as_type
 from qconv.config.recipe import Recipe
@@ -386,7 +386,7 @@ def _read_planned_reasons(model: Model, recipe: Recipe | None) -> PlannedReasons
     if recipe is None:
         return PlannedReasons(kept, placed)
     for node in model.nodes():
-        if recipe.activation_bits == 8 and touches_16_bits(node):
+        if recipe.activation_bits == 8 and reads_16_bits(node):
             kept[node.name or ""] = NO_16_BIT_KERNEL  # as it was told to
         if any(fnmatch.fnmatchcase(node.name or "", glob) for glob in recipe.keep_float):
             kept[node.name or ""] = KEPT_FLOAT_BY_OPTION

@@ -96,12 +96,10 @@ def _check_types(node: Node) -> FloatReason | None:
     return None
 
 
-def touches_16_bits(node: Node) -> bool:
-    """Whether a node reads codes of 16 bits, or what it writes becomes such."""
-    read = (find_dequantizer(value) for value in node.inputs)
-    behind = _find_quantizer_behind(node) if node.outputs else None
-    codes = [made.inputs[0] for made in read if made is not None] + ([] if behind is None else [behind.outputs[0]])
-    return any(value is not None and value.dtype in WIDE_TYPES for value in codes)
+def reads_16_bits(node: Node) -> bool:
+    """Whether a node reads codes of 16 bits."""
+    read = (made.inputs[0] for value in node.inputs if (made := find_dequantizer(value)) is not None)
+    return any(codes is not None and codes.dtype in WIDE_TYPES for codes in read)
 
 
 def _check_channel_scales(node: Node) -> FloatReason | None:

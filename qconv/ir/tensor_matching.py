@@ -136,13 +136,12 @@ class _PointFinder:
     def _behind_codes(self, codes: Value, values: tuple[Value, ...], quantizer: Node) -> ComparisonPoint:
         source, grid = quantizer.inputs[0], _grid_behind(values[0])
         assert source is not None
-        made, before = _copy_source(source), read_dequantizer(_copy_source(source))
-        if before is None or _quantizer_of(before.codes) is None:
-            return self._point(source, values, codes, grid)
-        while before is not None and (quantizer := _quantizer_of(before.codes)) is not None:
-            made = _copy_source(quantizer.inputs[0] or made)
-            before = read_dequantizer(made)
+        made = source
+        while (earlier := _quantized_before(made)) is not None:
+            made = earlier
         point = self._point(made, values, codes, grid)
+        if made is source:
+            return point
         bits = f"{grid.bits} bits" if grid is not None else "other bits"
         return replace(point, name=f"{point.name} in {bits}", op=CONVERSION, input=False, layer=None, copy=False)
 
@@ -207,6 +206,13 @@ def _quantizer_of(codes: Value) -> Node | None:
     while node is not None and standard_op_type(node) in INTEGER_OPS and node.inputs[0] is not None:
         node = node.inputs[0].producer()
     return node if node is not None and node.op_type == "QuantizeLinear" else None
+
+
+def _quantized_before(value: Value) -> Value | None:
+    """What was quantized and dequantized to give this tensor, past copies; None where nothing was."""
+    dequantizer = read_dequantizer(_copy_source(value))
+    quantizer = None if dequantizer is None else _quantizer_of(dequantizer.codes)
+    return None if quantizer is None else quantizer.inputs[0]
 
 
 def _copy_source(value: Value) -> Value:
