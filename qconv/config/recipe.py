@@ -438,6 +438,8 @@ class Recipe:
         self._require_one_of("activation_bits", ACTIVATION_BITS, "use 2 to 8, 16, or 32 for weights only.")
         self._require_one_of("edge_bits", WEIGHT_BITS, "use 2 to 8, or 16.")
         require(self.block_size >= 1, self._told("block_size"), "use at least 1.")
+        if self.candidate_activation_bits is not None:
+            self._take("candidate_activation_bits", tuple(sorted(set(self.candidate_activation_bits))))
         check_run_options(self.threads, self)
 
     def _resolve_image_options(self) -> None:
