@@ -16,11 +16,17 @@ the pair.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+
+from qconv.calibration.sketch import Sketch
 from qconv.config.choices import WIDE_BITS
 from qconv.errors import Change
 from qconv.ir.model import Model, Node, Value, constant_array
 from qconv.ir.operators import QUANTIZATION_RULES
 from qconv.planning.plan import Plan, data_positions
+from qconv.planning.planner import replan
 from qconv.planning.widths import COPY, holds_16_bits
 
 REPORT_STEP = "plan"
@@ -96,3 +102,40 @@ def describe_conversion(found: dict[str, str]) -> list[Change]:
     """The changes, for the report. found: tensors that are converted between 8 and 16 bits."""
     what = "converted between 8 and 16 bits, once for all that read it so"
     return [Change(REPORT_STEP, name, what, "tensors converted between 8 and 16 bits") for name in found]
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedReaders:
+    """A plan of a network whose readers of unlike bits have copies. sketches: those of copies, too. changes: told."""
+
+    plan: Plan
+    sketches: Mapping[str, Sketch]
+    changes: list[Change]
+
+
+def give_readers_copies(model: Model, plan: Plan, sketches: Mapping[str, Sketch]) -> CopiedReaders:
+    """Give readers that want other bits of a tensor a copy of it, in place.
+
+    plan: of the model before. sketches: of its tensors; may be empty where nothing has been watched yet.
+    """
+    changes: list[Change] = []
+    for give, describe in (
+        (convert_between_widths, describe_conversion),
+        (requantize_for_layers, describe_requantization),
+    ):
+        found = give(model, plan)
+        if not found and not plan.on_16_bits:  # whose constants may be others now
+            continue
+        changes += describe(found)
+        if sketches:
+            sketches = {**sketches, **{copy: _find_sketch(plan, name, sketches) for name, copy in found.items()}}
+        plan = replan(plan, model)
+    return CopiedReaders(plan, sketches, changes)
+
+
+def _find_sketch(plan: Plan, name: str, sketches: Mapping[str, Sketch]) -> Sketch:
+    """The sketch of a quantized tensor; of one that only holds what others do, that of these together."""
+    if name in sketches:
+        return sketches[name]
+    group = next(group for value, group in plan.group_of().items() if value.name == name)
+    return reduce(Sketch.join, (sketches[value.name or ""] for value in group if value.name in sketches))

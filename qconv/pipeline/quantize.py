@@ -31,6 +31,7 @@ from qconv.metrics.labelled import tell_of_misfit
 from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
+from qconv.passes.requantize import give_readers_copies
 from qconv.pipeline.checks import (
     advise,
     find_odd_tensors,
@@ -61,7 +62,6 @@ from qconv.search.candidate import (
     round_second_order_in_place,
     round_to_nearest,
 )
-from qconv.search.division import give_readers_copies
 from qconv.search.latency import tune_latency
 from qconv.search.mixed_precision import check_target_size, predict_recipe, search_bits
 from qconv.search.tuned_ranges import tune_ranges

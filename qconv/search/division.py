@@ -1,67 +1,16 @@
-"""Divides a network into nodes on 8 bits, on 16 and in float, and says a division in a recipe that redoes it.
-
-Ranges and biases hang on sketches of tensors. Those of copies, which `passes.requantize` puts between nodes of unlike
-bits, are the sketches of what they copy.
-"""
+"""Divides a network into nodes on 8 bits, on 16 and in float, and says a division in a recipe that redoes it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import reduce
+from dataclasses import replace
 
-from qconv.calibration.sketch import Sketch
 from qconv.config.choices import FLOAT_BITS, WIDE_BITS, LayerBits
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import escape_glob
-from qconv.errors import Change
-from qconv.ir.model import Model
-from qconv.passes.requantize import (
-    convert_between_widths,
-    describe_conversion,
-    describe_requantization,
-    requantize_for_layers,
-)
-from qconv.planning.plan import Plan
+from qconv.passes.requantize import give_readers_copies
 from qconv.planning.planner import replan
 from qconv.search.candidate import FoldedNetwork
-
-
-@dataclass(frozen=True, slots=True)
-class CopiedReaders:
-    """A plan of a network whose readers of unlike bits have copies. sketches: those of copies, too. changes: told."""
-
-    plan: Plan
-    sketches: Mapping[str, Sketch]
-    changes: list[Change]
-
-
-def give_readers_copies(model: Model, plan: Plan, sketches: Mapping[str, Sketch]) -> CopiedReaders:
-    """Give readers that want other bits of a tensor a copy of it, in place.
-
-    plan: of the model before. sketches: of its tensors; may be empty where nothing has been watched yet.
-    """
-    changes: list[Change] = []
-    for give, describe in (
-        (convert_between_widths, describe_conversion),
-        (requantize_for_layers, describe_requantization),
-    ):
-        found = give(model, plan)
-        if not found:
-            continue
-        changes += describe(found)
-        if sketches:
-            sketches = {**sketches, **{copy: _find_sketch(plan, name, sketches) for name, copy in found.items()}}
-        plan = replan(plan, model)
-    return CopiedReaders(plan, sketches, changes)
-
-
-def _find_sketch(plan: Plan, name: str, sketches: Mapping[str, Sketch]) -> Sketch:
-    """The sketch of a quantized tensor; of one that only holds what others do, that of these together."""
-    if name in sketches:
-        return sketches[name]
-    group = next(group for value, group in plan.group_of().items() if value.name == name)
-    return reduce(Sketch.join, (sketches[value.name or ""] for value in group if value.name in sketches))
 
 
 def divide(folded: FoldedNetwork, *, floats: Mapping[str, str], wide: Mapping[str, str]) -> FoldedNetwork:

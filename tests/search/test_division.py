@@ -22,13 +22,14 @@ from qconv.config.targets import TARGETS
 from qconv.ir.files import Source
 from qconv.ir.model import Model
 from qconv.ir.subgraph import runnable_with_outputs
+from qconv.passes.requantize import give_readers_copies
 from qconv.pipeline.quantize import quantize
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
 from qconv.search.candidate import FoldedNetwork, build_quantized_model, round_to_nearest
-from qconv.search.division import divide, give_readers_copies, with_division
+from qconv.search.division import divide, with_division
 from tests.support.models import loaded, network
 
 V = (4, 4, 1, 1)
