@@ -62,7 +62,8 @@ FIELDS_NOT_DIAGNOSED = (
 
 FIELDS_NOT_STUDIED = (
     *("stats", "save_stats", "save_layer_bits", *GATE_OPTIONS, "max_drop", "target_size"),
-    *("candidate_bits", "embed_preprocessing", "effort", "rounding", "equalize", "tune_ranges"),
+    *("candidate_bits", "candidate_activation_bits", "embed_preprocessing", "effort", "rounding"),
+    *("equalize", "tune_ranges"),
 )
 """Fields of a Recipe that a study of the number of images has no use for."""
 

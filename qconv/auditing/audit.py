@@ -19,7 +19,13 @@ import onnx
 from numpy.typing import NDArray
 
 from qconv import storage
-from qconv.auditing.fusion_rules import PLAIN_LAYOUT_POOL, FloatReason, find_dequantizer, find_float_reason
+from qconv.auditing.fusion_rules import (
+    PLAIN_LAYOUT_POOL,
+    FloatReason,
+    find_dequantizer,
+    find_float_reason,
+    reads_16_bits,
+)
 from qconv.config.choices import as_type
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import recipe_from_dict
@@ -30,7 +36,7 @@ from qconv.ir.load import load_unchanged
 from qconv.ir.metadata import read_placed_nodes, read_recipe
 from qconv.ir.model import DataType, Model, Node, attribute, constant_array, input_of
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule, with_
-from qconv.planning.eligibility import HEAD_REASON
+from qconv.planning.eligibility import HEAD_REASON, NO_16_BIT_KERNEL
 from qconv.planning.plan import Plan
 from qconv.planning.planner import KEPT_FLOAT_BY_OPTION
 from qconv.quantization.saturation import worst_pair_ratio
@@ -379,6 +385,8 @@ def _read_planned_reasons(model: Model, recipe: Recipe | None) -> PlannedReasons
     if recipe is None:
         return PlannedReasons(kept, placed)
     for node in model.nodes():
+        if recipe.activation_bits == 8 and reads_16_bits(node):
+            kept[node.name or ""] = NO_16_BIT_KERNEL  # as it was told to
         if any(fnmatch.fnmatchcase(node.name or "", glob) for glob in recipe.keep_float):
             kept[node.name or ""] = KEPT_FLOAT_BY_OPTION
         elif node.op_type in recipe.keep_float_op:

@@ -29,6 +29,8 @@ from qconv.planning.plan import data_positions
 
 INTEGER_TYPES = frozenset({DataType.UINT8, DataType.INT8})
 
+WIDE_TYPES = frozenset({DataType.UINT16, DataType.INT16})
+
 
 @dataclass(frozen=True, slots=True)
 class FloatReason:
@@ -94,6 +96,12 @@ def _check_types(node: Node) -> FloatReason | None:
             name = kind.name.lower()
             return FloatReason("types", f"{name} codes have no integer kernel", "use 8 bits, or hold fewer bits in 8")
     return None
+
+
+def reads_16_bits(node: Node) -> bool:
+    """Whether a node reads codes of 16 bits."""
+    read = (made.inputs[0] for value in node.inputs if (made := find_dequantizer(value)) is not None)
+    return any(codes is not None and codes.dtype in WIDE_TYPES for codes in read)
 
 
 def _check_channel_scales(node: Node) -> FloatReason | None:

@@ -235,6 +235,15 @@ class Sketch:
             ),
         )
 
+    def join(self, other: Sketch) -> Sketch:
+        """The sketch of a tensor that holds what both hold on the same images, without its channels."""
+        both = self._overall().merge(other._overall())
+        both.keys, first = np.unique(both.keys, return_index=True)
+        both.pictures = np.stack(
+            [np.minimum.reduceat(both.pictures[:, 0], first), np.maximum.reduceat(both.pictures[:, 1], first)], axis=1
+        )
+        return both
+
     def _overall(self) -> Sketch:
         channels = len(self.lows)
         low, high = self.lows.min(keepdims=True), self.highs.max(keepdims=True)

@@ -400,6 +400,12 @@ quantize_options = combine_options(
         type=BitsType(),
         help=f"What such a search may choose from.  [default: {','.join(map(str, CANDIDATE_BITS))}]",
     ),
+    click.option(
+        "--candidate-activation-bits",
+        type=BitsType(),
+        help="What a tensor between layers may have where 8 bits lose too much; target generic takes 16 as well as "
+        "float.  [default: 8,float]",
+    ),
     click.option("--save-layer-bits", metavar="FILE.toml", help="Also write what it found, for --layer-bits."),
     click.option(
         "--pack/--no-pack",

@@ -255,6 +255,10 @@ GOES_WITH: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
     "block_size": (("weight_granularity", lambda kind: kind == "per-block"),),
     "calibrator": (("activation_bits", lambda bits: bits != FLOAT_BITS),),
     "percentile": (("calibrator", lambda kind: kind == "percentile"), ("activation_bits", lambda b: b != FLOAT_BITS)),
+    "candidate_activation_bits": (
+        ("activation_bits", lambda bits: bits == 8),
+        ("calib", lambda calib: calib != (NO_IMAGES,)),
+    ),
     "fallback": (("calib", lambda calib: calib == (NO_IMAGES,)),),
     **dict.fromkeys(OF_IMAGES, (("calib", lambda calib: calib != (NO_IMAGES,)),)),
 }

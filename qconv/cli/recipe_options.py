@@ -28,7 +28,8 @@ from qconv.errors import QconvError
 
 SAME_NAMED_FIELDS = (
     ("calib", "fallback", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
-    + ("max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding")
+    + ("max_drop", "target_size", "candidate_bits", "candidate_activation_bits", "save_layer_bits")
+    + ("effort", "rounding")
     + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")
     + ("target", "equalize", "tune_ranges", "tune_latency", "float_budget", "saturation_safe", "keep_float")
     + ("keep_float_op", "opset", "embed_preprocessing", *GATE_OPTIONS, "threads", "task", "decode", *LABEL_OPTIONS)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 OPTIONS_NOT_STUDIED = frozenset(
     {"output", "report", "sweep", "save_recipe", "stats", "save_stats", "embed_preprocessing", "verbose"}
-    | {*GATE_OPTIONS, "max_drop", "target_size", "candidate_bits", "save_layer_bits"}
+    | {*GATE_OPTIONS, "max_drop", "target_size", "candidate_bits", "candidate_activation_bits"}
+    | {"save_layer_bits"}
     | {"effort", "rounding", "equalize", "calib", "fallback", *LABEL_OPTIONS}
 )
 """Options of `quantize` that make no sense of a model that is not kept, or need pictures twice."""

@@ -109,7 +109,8 @@ ACTIVATION_BITS = WEIGHT_BITS | {32}
 class LayerBits:
     """Bits of a layer's weights, and of the tensor that it reads; None for the recipe's own.
 
-    in_float: the layer stays float, and no bits are its.
+    activations: WIDE_BITS and FLOAT_BITS are for any node, which computes on as many bits, and writes them.
+    in_float: the node stays float, and no bits are its.
     """
 
     weights: int | None = None
@@ -123,8 +124,13 @@ class LayerBits:
     def impossible(self) -> str | None:
         """What of it no layer can have, in words."""
         given_bits = {"weights": self.weights, "activations": self.activations}
-        known = WEIGHT_BITS | {None}
-        return next((f"{kind} of {bits} bits" for kind, bits in given_bits.items() if bits not in known), None)
+        known = {"weights": WEIGHT_BITS | {None}, "activations": ACTIVATION_BITS | {None}}
+        return next((f"{kind} of {bits} bits" for kind, bits in given_bits.items() if bits not in known[kind]), None)
+
+    @property
+    def names_any_node(self) -> bool:
+        """Whether it says something of nodes without weights, too."""
+        return self.in_float or self.activations in (WIDE_BITS, FLOAT_BITS)
 
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
@@ -146,7 +152,8 @@ EVALUATE_GATES = (*GATE_OPTIONS, "min_top1")
 
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)
 
-FLOAT_BITS = 32
+WIDE_BITS, FLOAT_BITS = 16, 32
+"""Bits of activations where 8 lose too much."""
 
 FLOAT_BUDGET = 0.1
 """Share of the all-integer time that may be spent on float for accuracy."""

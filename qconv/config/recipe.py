@@ -30,6 +30,7 @@ from qconv.config.choices import (
     PACKED_BITS,
     PERCENTILE,
     WEIGHT_BITS,
+    WIDE_BITS,
     Drop,
     LayerBits,
     Scheme,
@@ -86,6 +87,30 @@ def check_layer_bits(recipe: Recipe) -> None:
         require(not both, fact, "leave one of them out: 32 quantizes weights alone.")
 
 
+def format_bits(chosen: Collection[int]) -> str:
+    """Numbers of bits as they are typed, float among them."""
+    return ",".join("float" if bits == FLOAT_BITS else str(bits) for bits in chosen)
+
+
+def check_candidate_activation_bits(recipe: Recipe) -> None:
+    """What a tensor may have in place of 8 bits, where these lose too much."""
+    chosen = recipe.candidate_activation_bits
+    if chosen is None:
+        return
+    told = f"--candidate-activation-bits {format_bits(chosen)}"
+    require(set(chosen) <= {8, WIDE_BITS, FLOAT_BITS}, told, "use 8 and one or both of 16 and float.")
+    require(8 in chosen, told, "name 8 as well: it is what most tensors have.")
+    fact = f"{told} with --activation-bits {recipe.activation_bits}"
+    require(recipe.activation_bits == 8, fact, "leave one of them out: candidates take the place of 8 bits.")
+    allowed = TARGETS[recipe.target].candidate_activation_bits
+    own, named = TARGETS[recipe.target].on_ort, format_bits(sorted(allowed))
+    why = ": 16 bits run in float there" if own else f": {TARGETS[recipe.target].why}"
+    require(set(chosen) <= allowed, f"{told} with --target {recipe.target}", f"use {named}{why}.")
+    if len(chosen) > 1:
+        hint = "pass some with --calib, or leave it out: what 8 bits lose is measured on them."
+        require(not recipe.data_free, f"{told} without pictures", hint)
+
+
 def check_target(recipe: Recipe) -> None:
     """What the target would reject is better said before the work."""
     target = TARGETS[recipe.target]
@@ -95,7 +120,7 @@ def check_target(recipe: Recipe) -> None:
             ("activations", bits.activations, target.activation_bits),
         ):
             fact = f"--layer-bits: {glob!r} with {kind} of {wish} bits and --target {recipe.target}"
-            require(wish is None or wish in takes, fact, f"{target.why}.")
+            require(wish in (None, FLOAT_BITS) or wish in takes, fact, f"{target.why}.")
     demands: tuple[tuple[str, Any, Collection[Any]], ...] = (
         ("weight-bits", recipe.weight_bits, target.weight_bits),
         ("edge-bits", recipe.edge_bits, target.weight_bits),
@@ -175,6 +200,9 @@ def check_data(recipe: Recipe, data: DataOptions) -> None:
     )
     if recipe.stats is None or data.paths:
         return
+    chosen = recipe.candidate_activation_bits or ()
+    fact = f"--candidate-activation-bits {format_bits(chosen)} with --stats alone"
+    require(len(chosen) < 2, fact, "pass pictures, too, with --calib: what 8 bits lose is measured on them.")
     hint = "it looks at pictures again: pass some with --calib."
     require(recipe.rounding == "nearest", f"--rounding {recipe.rounding} with --stats alone", hint)
     require(recipe.bias_correction != "sequential", "--bias-correction sequential with --stats alone", hint)
@@ -193,7 +221,9 @@ class Recipe:
     stats, save_stats: files of statistics to read instead of pictures, and to write. layer_bits: globs of
     layers' names, each with the bits of those that it matches; the first match counts. max_drop, target_size: search
     for the bits of each layer's weights, see `mixed`: the cheapest that keep the drop, the best of so large a share of
-    float's size. candidate_bits: those to choose from, 32 for float; None without a search. save_layer_bits: file to
+    float's size. candidate_bits: those to choose from, 32 for float; None without a search.
+    candidate_activation_bits: those that a tensor may have in place of 8 where these lose too much, 32 for float; None
+    for 8 and float. save_layer_bits: file to
     write what was found into. bit_allocation: whose channels get bits of their own, those of the layer or tensor on
     average, see `allocation`. bias_correction: by which means of what layers read the bias takes back what rounding the
     weights does to means: those on the pictures, in the float network (measured) or behind layers that are quantized
@@ -227,6 +257,7 @@ class Recipe:
     max_drop: Drop | None = None
     target_size: float | None = None
     candidate_bits: tuple[int, ...] | None = None
+    candidate_activation_bits: tuple[int, ...] | None = None
     pack: bool = False
     calibrator: str = ""
     percentile: float | None = None
@@ -288,6 +319,7 @@ class Recipe:
         self._resolve_image_options()
         check_statistics(self)
         check_target(self)
+        check_candidate_activation_bits(self)
         require(
             not self.pack or min(self.bits_of_weights) <= PACKED_BITS,
             f"--pack with {self.weight_bits}-bit weights",
@@ -331,8 +363,20 @@ class Recipe:
     @property
     def bits_of_activations(self) -> frozenset[int]:
         """All that the tensors between layers can have; 32 where they stay float."""
-        own = {bits.activations for _, bits in self.layer_bits if bits.activations is not None}
+        own = {bits.activations or FLOAT_BITS for _, bits in self.layer_bits} - {FLOAT_BITS}
+        own |= {WIDE_BITS} if self.high_precision == WIDE_BITS else set()
         return frozenset({self.activation_bits, *own})
+
+    @property
+    def high_precision(self) -> int | None:
+        """What a tensor gets where 8 bits lose too much: WIDE_BITS, or FLOAT_BITS; None where 8 bits it is.
+
+        Of both, 16 bits. Unasked it is float: 16 bits take opset 21, which many runtimes do not read.
+        """
+        if self.activation_bits != 8:
+            return None
+        chosen = (8, FLOAT_BITS) if self.candidate_activation_bits is None else self.candidate_activation_bits
+        return next((bits for bits in (WIDE_BITS, FLOAT_BITS) if bits in chosen), None)
 
     @property
     def allocates_weights(self) -> bool:
@@ -394,6 +438,8 @@ class Recipe:
         self._require_one_of("activation_bits", ACTIVATION_BITS, "use 2 to 8, 16, or 32 for weights only.")
         self._require_one_of("edge_bits", WEIGHT_BITS, "use 2 to 8, or 16.")
         require(self.block_size >= 1, self._told("block_size"), "use at least 1.")
+        if self.candidate_activation_bits is not None:
+            self._take("candidate_activation_bits", tuple(sorted(set(self.candidate_activation_bits))))
         check_run_options(self.threads, self)
 
     def _resolve_image_options(self) -> None:
@@ -431,8 +477,8 @@ class Recipe:
         chosen = CANDIDATE_BITS if self.candidate_bits is None else self.candidate_bits
         accepted = TARGETS[self.target].weight_bits | {FLOAT_BITS}
         possible = bool(chosen) and set(chosen) <= accepted
-        shown = ",".join("float" if bits == FLOAT_BITS else str(bits) for bits in chosen)
-        require(possible, f"--candidate-bits {shown}", "use several of 2 to 8, 16 and float, as the target takes them.")
+        fact = f"--candidate-bits {format_bits(chosen)}"
+        require(possible, fact, "use several of 2 to 8, 16 and float, as the target takes them.")
         self._take("candidate_bits", tuple(sorted(set(chosen))))
         require(
             not self.tune_latency, "--tune-latency with a search for bits", "search first, then pass what is found."

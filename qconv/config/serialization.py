@@ -3,6 +3,7 @@
     [layers]
     "stem*" = 8                                         # bits of the weights
     "blocks.1.*" = { weights = 4, activations = 8 }     # and of the tensor that the layer reads
+    "blocks.1.silu" = { activations = 16 }              # of any node: it computes on 16 bits, or on "float"
     "classifier" = "float"
 
 The first glob that matches a layer counts, so exceptions stand above the rule. Names are those of the nodes of the
@@ -31,7 +32,7 @@ from typing import Any
 
 from qconv.config.choices import FLOAT_BITS, NO_IMAGES, Drop, LayerBits, WeightGranularity, option_name
 from qconv.config.data_options import LABEL_OPTIONS, DataOptions, PreprocessingOptions
-from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
+from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, format_bits, make_request
 from qconv.errors import QconvError
 
 TOML_BITS = 64
@@ -104,7 +105,9 @@ def parse_layer_bits(path: Path, table: Any) -> LayerBitsAssignment:
 def _parse_layer_bits(path: Path, name: str, value: Any) -> LayerBits:
     if value == FLOAT_WORD:
         return LayerBits(in_float=True)
-    given_bits = value if isinstance(value, dict) else {"weights": value}
+    given_bits = dict(value) if isinstance(value, dict) else {"weights": value}
+    if given_bits.get("activations") == FLOAT_WORD:
+        given_bits["activations"] = FLOAT_BITS
     known = bool(given_bits) and set(given_bits) <= set(BITS_KEYS)
     if not known or not all(isinstance(bits, int) and not isinstance(bits, bool) for bits in given_bits.values()):
         fix = 'use a number of bits, { weights = 4, activations = 8 } or "float"; names with a dot need quotes.'
@@ -130,14 +133,18 @@ def _format_bits(bits: LayerBits) -> str:
         return f'"{FLOAT_WORD}"'
     if bits.activations is None and bits.weights is not None:
         return str(bits.weights)
-    given_bits = ((key, getattr(bits, key)) for key in BITS_KEYS)
-    return "{ " + ", ".join(f"{key} = {wish}" for key, wish in given_bits if wish is not None) + " }"
+    given_bits = {key: getattr(bits, key) for key in BITS_KEYS if getattr(bits, key) is not None}
+    words = {key: f'"{FLOAT_WORD}"' if wish == FLOAT_BITS else str(wish) for key, wish in given_bits.items()}
+    return "{ " + ", ".join(f"{key} = {wish}" for key, wish in words.items()) + " }"
 
 
 def escape_glob(name: str) -> str:
     """The glob that matches this name alone."""
     return glob.escape(name)
 
+
+CANDIDATE_FIELDS = ("candidate_bits", "candidate_activation_bits")
+"""Fields of a Recipe that are lists of bits."""
 
 IMAGES_PLACEHOLDER = ("the user's pictures",)
 """Stand in for those a file does not name: without any, other defaults hold."""
@@ -211,7 +218,7 @@ def _as_field_types(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of Recipe and DataOptions as these take them; what is None is left to them."""
     known = [*Recipe().as_dict(DataOptions()), "task"]
     found = {name: recipe[name] for name in known if recipe.get(name) is not None}
-    for name in ("keep_float", "keep_float_op", "candidate_bits"):
+    for name in ("keep_float", "keep_float_op", *CANDIDATE_FIELDS):
         if name in found:
             found[name] = tuple(found[name])
     if "layer_bits" in found:
@@ -253,8 +260,8 @@ def _option_values(name: str, value: Any) -> Iterator[tuple[str, OptionValue]]:
         yield from _preprocessing_values(value)
     elif name in ("keep_float", "keep_float_op"):
         yield option, tuple(map(str, value))
-    elif name == "candidate_bits":
-        yield option, ",".join("float" if bits == FLOAT_BITS else str(bits) for bits in value)
+    elif name in CANDIDATE_FIELDS:
+        yield option, format_bits(value)
     elif isinstance(value, Drop):
         yield option, f"{value.measure}:{value.value!r}"
     elif name != "layer_bits":
@@ -288,7 +295,7 @@ def format_number(value: float) -> str:
 def _format_all_options(recipe: Mapping[str, Any]) -> Iterator[str]:
     default = Recipe().as_dict(DataOptions())
     for name, value in recipe.items():
-        alone = isinstance(default.get(name, ""), str | int | float | None) and name != "candidate_bits"
+        alone = isinstance(default.get(name, ""), str | int | float | None) and name not in CANDIDATE_FIELDS
         if alone and value != default.get(name) and isinstance(value, str | int | float):
             yield from format_option(name, value)
 

@@ -86,6 +86,7 @@ class Target:
     where this runtime looks for them, and of residual branches; else around every operator.
     moves_zero: codes of few bits are shifted in their bytes, so that zero is code 0 for every channel: its kernels want
     that, or are faster.
+    candidate_activation_bits: what a tensor of a network with 8-bit activations may have in their place, 32 for float.
     per_tensor_weight_ops: weights of these operators have one scale. saturates_int16_pairs: on x86 without VNNI it adds
     products in pairs of 16 bits.
     """
@@ -105,6 +106,7 @@ class Target:
     saturates_int16_pairs: bool = True
     weight_bits: frozenset[int] = ALL_BITS
     activation_bits: frozenset[int] = ALL_BITS | {32}
+    candidate_activation_bits: frozenset[int] = frozenset({8, 16, 32})
     activation_schemes: frozenset[str] = frozenset({"symmetric", "asymmetric"})
     weight_schemes: frozenset[str] = frozenset({"symmetric", "asymmetric"})
     granularities: frozenset[str] = frozenset({"per-tensor", "per-channel", "per-block"})
@@ -126,6 +128,7 @@ TARGETS: dict[str, Target] = {
         ),
         folds_constants=True,
         moves_zero=True,
+        candidate_activation_bits=frozenset({8, 32}),
     ),
     "tensorrt": Target(
         "tensorrt",
@@ -140,6 +143,7 @@ TARGETS: dict[str, Target] = {
         saturates_int16_pairs=False,
         weight_bits=UP_TO_8_BITS,
         activation_bits=frozenset({8}),
+        candidate_activation_bits=frozenset({8, 32}),
         activation_schemes=frozenset({"symmetric"}),
         weight_schemes=frozenset({"symmetric"}),
         granularities=frozenset({"per-tensor", "per-channel"}),
@@ -156,6 +160,7 @@ TARGETS: dict[str, Target] = {
         inputs_only=True,
         weight_bits=UP_TO_8_BITS,
         activation_bits=UP_TO_8_BITS | {32},
+        candidate_activation_bits=frozenset({8, 32}),
         granularities=frozenset({"per-tensor", "per-channel"}),
         why="OpenVINO's integer layers have 8 bits and one scale a tensor or, for weights, a channel",
     ),

@@ -10,8 +10,8 @@ tensor (error injection).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from qconv.ir.stored_weights import Dequantizer, read_dequantizer
 MOST_CANDIDATES = 6
 
 INTEGER_OPS = frozenset({"Clip", "Pad", "Min"})
+
+CONVERSION = "Convert"
+"""What a point is called that is rounded a second time, with other bits, for some of its readers."""
 
 COPY_OPS = frozenset({"Identity", "Sum"})
 """What hands a tensor on as it is, a Sum of one: both are put in to keep roundings apart."""
@@ -131,9 +134,16 @@ class _PointFinder:
                 yield value
 
     def _behind_codes(self, codes: Value, values: tuple[Value, ...], quantizer: Node) -> ComparisonPoint:
-        source = quantizer.inputs[0]
+        source, grid = quantizer.inputs[0], _grid_behind(values[0])
         assert source is not None
-        return self._point(source, values, codes, _grid_behind(values[0]))
+        made = source
+        while (earlier := _quantized_before(made)) is not None:
+            made = earlier
+        point = self._point(made, values, codes, grid)
+        if made is source:
+            return point
+        bits = f"{grid.bits} bits" if grid is not None else "other bits"
+        return replace(point, name=f"{point.name} in {bits}", op=CONVERSION, input=False, layer=None, copy=False)
 
     def _point(
         self, source: Value, values: tuple[Value, ...], codes: Value | None, grid: Grid | None
@@ -198,6 +208,13 @@ def _quantizer_of(codes: Value) -> Node | None:
     return node if node is not None and node.op_type == "QuantizeLinear" else None
 
 
+def _quantized_before(value: Value) -> Value | None:
+    """What was quantized and dequantized to give this tensor, past copies; None where nothing was."""
+    dequantizer = read_dequantizer(_copy_source(value))
+    quantizer = None if dequantizer is None else _quantizer_of(dequantizer.codes)
+    return None if quantizer is None else quantizer.inputs[0]
+
+
 def _copy_source(value: Value) -> Value:
     """Where the numbers of a tensor come from, past copies and limits of codes."""
     node = value.producer()
@@ -260,20 +277,24 @@ def add_error_inputs(
     model = original.copy()
     values = {v.name: v for v in (*model.graph.inputs, *(v for n in model.nodes() for v in n.outputs))}
     names: dict[ComparisonPoint, str] = {}
+    carriers: dict[Value, list[Value]] = {}  # of a tensor: itself, and its sums with errors so far
     results = [value.name or "" for value in outputs]
     for pair in pairs:
         value = values[pair.tensor.name]
-        there = [node for node in model.readers(value) if node.op_type != "Add" or node.name not in names.values()]
+        known = carriers.setdefault(value, [value])
         readers = _names_of_readers(quantized, pair.point)
-        chosen = [node for node in there if node.name in readers] or there
+        own = {carrier: _readers_but(model, carrier, set(names.values())) for carrier in known}
+        carrier = next((c for c in known if any(node.name in readers for node in own[c])), known[-1])
+        chosen = [node for node in own[carrier] if node.name in readers] or own[carrier]
         delta = model.feed_readers(value, f"{value.name}_error", ())
-        total = model.build("Add", [value, delta], name=delta.name or "", like=value)
-        producer = value.producer()
+        total = model.build("Add", [carrier, delta], name=delta.name or "", like=value)
+        known.append(total.outputs[0])
+        producer = carrier.producer()
         if producer is None:
             model.insert_first(total)
         else:
             model.insert_after(producer, total)
-        model.redirect(value, total.outputs[0], readers=chosen)
+        model.redirect(carrier, total.outputs[0], readers=chosen)
         names[pair.point] = delta.name or ""
         if value.name in results:
             result = total.outputs[0].name or ""
@@ -281,13 +302,20 @@ def add_error_inputs(
     return model, names, results
 
 
+def _readers_but(model: Model, value: Value, added: Collection[str]) -> list[Node]:
+    """The readers of a tensor, but for sums with errors."""
+    return [node for node in model.readers(value) if node.op_type != "Add" or node.name not in added]
+
+
 def _names_of_readers(model: Model, point: ComparisonPoint) -> set[str]:
-    """Names of the nodes that read a point, through copies."""
+    """Names of the nodes that read a point, through copies and a second rounding."""
     found: set[str] = set()
-    queue = list(point.values)
+    queue = [(value, False) for value in point.values]
     while queue:
-        for node in model.readers(queue.pop()):
+        value, codes = queue.pop()
+        for node in model.readers(value):
             found.add(node.name or "")
-            if node.op_type in ("Sum", "Identity") and len(node.inputs) == 1:
-                queue += node.outputs
+            becomes_codes = (codes or node.op_type == "QuantizeLinear") and node.op_type != "DequantizeLinear"
+            if codes or becomes_codes or _is_copy(node):
+                queue += [(result, becomes_codes) for result in node.outputs]
     return found

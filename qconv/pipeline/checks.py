@@ -37,17 +37,17 @@ def warn_of_unmatched_options(model: Model, recipe: Recipe, reporter: Reporter) 
     for pattern in recipe.keep_float:
         if not fnmatch.filter(names, pattern):
             reporter.warn(f"--keep-float {pattern} matches no node of the folded model.")
-    layers = [node.name or "" for node in model.nodes() if is_quantizable_layer(node)]
-    left = layers
-    for pattern, _ in recipe.layer_bits:
-        matched = [name for name in left if fnmatch.fnmatchcase(name, pattern)]
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
-            reporter.warn(f"--layer-bits: {pattern!r} matches no layer of the folded model.")
-        elif not matched:
+    layers = {node.name or "" for node in model.nodes() if is_quantizable_layer(node)}
+    left = set(names)
+    for pattern, bits in recipe.layer_bits:
+        kind, known = ("node", left) if bits.names_any_node else ("layer", left & layers)
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in (names if bits.names_any_node else layers)):
+            reporter.warn(f"--layer-bits: {pattern!r} matches no {kind} of the folded model.")
+        elif not any(fnmatch.fnmatchcase(name, pattern) for name in known):
             reporter.warn(
-                f"--layer-bits: {pattern!r} matches no layer that a line above it does not: exceptions stand first."
+                f"--layer-bits: {pattern!r} matches no {kind} that a line above it does not: exceptions stand first."
             )
-        left = [name for name in left if name not in matched]
+        left -= {name for name in left if fnmatch.fnmatchcase(name, pattern)}
     for op_type in recipe.keep_float_op:
         if op_type not in types:
             reporter.warn(f"--keep-float-op {op_type}: the folded model has no such operator.")

@@ -31,7 +31,7 @@ from qconv.metrics.labelled import tell_of_misfit
 from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
-from qconv.passes.requantize import describe_requantization, requantize_for_layers
+from qconv.passes.requantize import give_readers_copies
 from qconv.pipeline.checks import (
     advise,
     find_odd_tensors,
@@ -231,13 +231,11 @@ class _QuantizationRun:
         return equalize_channels(model, plan, pictures.feed, most, recipe.threads)
 
     def give_layers_their_own_inputs(self) -> None:
-        """Layers that read few bits get a tensor of their own where others read the same one with more."""
+        """Readers that want other bits of a tensor than it has get one of their own."""
         with self.clock.step("plan"):
-            apart = requantize_for_layers(self.model, self.plan)
-            if apart:
-                self.findings += describe_requantization(apart)
-                self.sketches = {**self.sketches, **{copy: self.sketches[name] for name, copy in apart.items()}}
-                self.plan = replan(self.plan, self.model)
+            copied = give_readers_copies(self.model, self.plan, self.sketches)
+            self.plan, self.sketches = copied.plan, copied.sketches
+            self.findings += copied.changes
 
     def place_by_measured_times(self) -> None:
         """Leave in float what runs faster there by the times of this machine, where that is asked for."""

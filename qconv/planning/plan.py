@@ -178,6 +178,8 @@ class Plan:
     integer: the nodes that will run on codes.
     absorbed: Relu or Clip -> the node whose quantizer takes its place.
     on_codes: nodes that work between quantizer and dequantizer.
+    wide: nodes that were told to compute on 16 bits where others have 8, by name, each with the reason.
+    on_16_bits: the nodes of `integer` that do, those that the recipe names among them.
     ties: groups of tensors that share parameters.
     given: quantized tensors that need no range: those with the codes of a dequantizer in the model, the input's pixels,
         and those whose codes end where a line does (`saturating_line`).
@@ -195,12 +197,14 @@ class Plan:
     recipe: Recipe
     target: Target
     floats: Mapping[str, str] = field(default_factory=dict)
+    wide: Mapping[str, str] = field(default_factory=dict)
     activations: dict[Value, Decision] = field(default_factory=dict)
     layers: list[LayerPlan] = field(default_factory=list)
     constants: dict[Value, QuantSpec] = field(default_factory=dict)
     integer: set[Node] = field(default_factory=set)
     absorbed: dict[Node, Node] = field(default_factory=dict)
     on_codes: set[Node] = field(default_factory=set)
+    on_16_bits: set[Node] = field(default_factory=set)
     ties: list[tuple[Value, ...]] = field(default_factory=list)
     given: dict[Value, QuantParams] = field(default_factory=dict)
     gates: dict[Value, ActivationGate] = field(default_factory=dict)
@@ -251,9 +255,9 @@ class Plan:
         if node is None or node not in self.integer or node in self.absorbed:
             return False
         rule = QUANTIZATION_RULES[node.op_type]
-        if isinstance(rule, TransparentRule):
-            return True
-        return isinstance(rule, ConcatRule) and set(self.group_of()[value]).issuperset(node.inputs)
+        if not isinstance(rule, TransparentRule | ConcatRule):
+            return False
+        return set(self.group_of()[value]).issuperset(data_inputs(node, rule))
 
     def layers_by_weight(self) -> list[list[LayerPlan]]:
         """The layers, those together that read one weight alike and so share its codes; in graph order of the first."""

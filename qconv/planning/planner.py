@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
-from qconv.config.choices import Scheme
+from qconv.config.choices import FLOAT_BITS, WIDE_BITS, Scheme
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
 from qconv.ir.model import DataType, Model, Node, Value, clip_bounds, constant_array, input_of
@@ -31,13 +31,13 @@ from qconv.planning.eligibility import (
     HEAD_REASON,
     NO_16_BIT_KERNEL,
     describe_inside,
-    explain_dequantized_layer,
     explain_refusal,
     find_shortcut_input,
     keep_places_float,
     make_weight_spec,
     orient_rule,
 )
+from qconv.planning.float_reasons import explain_float_execution
 from qconv.planning.plan import (
     Decision,
     DisjointSets,
@@ -47,11 +47,10 @@ from qconv.planning.plan import (
     data_inputs,
     find_activation_gate,
 )
+from qconv.planning.widths import find_nodes_on_16_bits, holds_16_bits, specify_constants
 from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
 
 KEPT_FLOAT_BY_OPTION = "kept float by --keep-float"
-
-NO_CHANNEL_SCALE_KERNEL = "a scale for each channel of the activations has no integer kernel"
 
 KEPT_FLOAT_BY_LAYER_BITS = "kept float by --layer-bits"
 
@@ -60,37 +59,54 @@ INTEGERS_ARE_PIXELS = "its codes are the input's pixels"
 AVERAGE_POOLS = with_(averages=True)
 
 
-def make_plan(model: Model, recipe: Recipe, target: Target, floats: Mapping[str, str] | None = None) -> Plan:
-    """Decide for every node and tensor of a folded model. floats: names of nodes to leave in float, with the reason."""
-    planner = _Planner(model, recipe, target, floats or {})
+def make_plan(
+    model: Model,
+    recipe: Recipe,
+    target: Target,
+    floats: Mapping[str, str] | None = None,
+    wide: Mapping[str, str] | None = None,
+) -> Plan:
+    """Decide for every node and tensor of a folded model. `passes.requantize` then gives readers of unlike bits copies.
+
+    floats, wide: names of nodes to leave in float, and to compute on 16 bits (not where `inputs_only`), with reasons.
+    """
+    planner = _Planner(model, recipe, target, Plan(recipe, target, dict(floats or {}), dict(wide or {})))
     planner.choose_layers()
     if recipe.activation_bits < 32:
         if target.inputs_only:
             planner.spread_to_inputs()
         else:
             planner.spread()
+            planner.plan.on_16_bits = find_nodes_on_16_bits(planner.plan)
             planner.tie()
         planner.choose_activations()
         planner.take_given()
-    planner.explain()
+    explain_float_execution(planner.nodes, planner.plan)
     return planner.plan
 
 
-def replan(plan: Plan, model: Model, *, recipe: Recipe | None = None, floats: Mapping[str, str] | None = None) -> Plan:
+def replan(
+    plan: Plan,
+    model: Model,
+    *,
+    recipe: Recipe | None = None,
+    floats: Mapping[str, str] | None = None,
+    wide: Mapping[str, str] | None = None,
+) -> Plan:
     """Make a plan again of this model: a copy of the one that it is of, or the same, as it was changed since.
 
-    recipe: another one of the same target; None for the plan's own. floats: other nodes to leave in float, with the
-    reason; None for the plan's own.
+    recipe: another one of the same target; None for the plan's own. floats, wide: others; None for the plan's own.
     """
-    return make_plan(model, recipe or plan.recipe, plan.target, plan.floats if floats is None else floats)
+    floats, wide = plan.floats if floats is None else floats, plan.wide if wide is None else wide
+    return make_plan(model, recipe or plan.recipe, plan.target, floats, wide)
 
 
 class _Planner:
-    def __init__(self, model: Model, recipe: Recipe, target: Target, floats: Mapping[str, str]) -> None:
-        self.model, self.recipe, self.target = model, recipe, target
-        self.plan = Plan(recipe, target, dict(floats))
+    def __init__(self, model: Model, recipe: Recipe, target: Target, plan: Plan) -> None:
+        self.model, self.recipe, self.target, self.plan = model, recipe, target, plan
         self.nodes = model.nodes()
-        self.floats = keep_places_float(self.nodes) | dict(floats)
+        told = (name for node in self.nodes if recipe.bits_of(name := node.name or "").activations == FLOAT_BITS)
+        self.floats = {**keep_places_float(self.nodes), **plan.floats, **dict.fromkeys(told, KEPT_FLOAT_BY_LAYER_BITS)}
         self.quantized: dict[Value, str] = {}
         self.eligible: dict[Node, Rule] = {}
         for node in self.nodes:
@@ -130,7 +146,7 @@ class _Planner:
             return KEPT_FLOAT_BY_OPTION
         if node.op_type in recipe.keep_float_op:
             return f"{KEPT_FLOAT_BY_OPTION}-op"
-        if is_quantizable_layer(node) and recipe.bits_of(name).in_float:
+        if recipe.bits_of(name).in_float:
             return KEPT_FLOAT_BY_LAYER_BITS
         if rule is None or node.domain not in ("", "ai.onnx"):
             return f"{node.op_type} has no integer kernel{describe_inside(node)}"
@@ -308,12 +324,13 @@ class _Planner:
         for node in self.nodes:
             if node not in self.plan.integer:
                 continue
-            rule = self.eligible[node]
+            rule, wide = self.eligible[node], node in self.plan.on_16_bits
             outputs = [value for value in node.outputs if value in self.quantized]
+            alike = [v for v in self._data(node) if holds_16_bits(self.model, self.plan, v) == wide]
             if isinstance(rule, TransparentRule | IntegerDomainRule):
-                groups.join([*self._data(node), *outputs])
+                groups.join([*alike, *outputs])
             elif isinstance(rule, ConcatRule):
-                groups.join([*(v for v in self._data(node) if self.model.sole_reader(v) is node), *outputs])
+                groups.join([*(v for v in alike if self.model.sole_reader(v) is node), *outputs])
         self.plan.ties = groups.in_order(self._in_graph_order())
 
     def _in_graph_order(self) -> list[Value]:
@@ -325,10 +342,11 @@ class _Planner:
         wanted_bits = self._wanted_activation_bits()
         apart = self._with_channels() if recipe.allocates_activations else set()
         group_of = {value: group for group in self.plan.ties for value in group}
-        symmetric = recipe.activation_scheme is Scheme.SYMMETRIC
+        symmetric, default = recipe.activation_scheme is Scheme.SYMMETRIC, max(recipe.activation_bits, 8)
         for value in self._in_graph_order():
             group = group_of.get(value, (value,))
-            bits = max((wanted_bits[m] for m in group if m in wanted_bits), default=max(recipe.activation_bits, 8))
+            bits = max((wanted_bits[m] for m in group if m in wanted_bits), default=default)
+            bits = WIDE_BITS if holds_16_bits(self.model, self.plan, value) else bits
             whole = PerTensor() if value not in apart or len(group) > 1 or bits >= 8 else PerChannel(1)
             spec = QuantSpec(bits, self.target.signed, symmetric, whole)
             self.plan.activations[value] = Decision(spec, self.quantized[value])
@@ -337,20 +355,13 @@ class _Planner:
                 self.plan.gates[value] = gate
             if bits >= 8 and self._is_in_head(value):
                 self.plan.head.add(value)
-        for node in self.nodes if self.plan.reads is None else ():
-            if node in self.plan.integer and not isinstance(self.eligible[node], WeightedRule):
-                for value in data_inputs(node, self.eligible[node]):
-                    if constant_array(value) is not None:
-                        self.plan.constants[value] = QuantSpec(
-                            16 if recipe.activation_bits == 16 else 8, False, symmetric
-                        )
+        self.plan.constants = specify_constants(self.plan, self.nodes, symmetric=symmetric)
 
     def _wanted_activation_bits(self) -> dict[Value, int]:
         """The bits of every quantized tensor: the most that a layer wants of it; 8 or more where no layer reads it."""
-        recipe = self.recipe
-        found: dict[Value, int] = {}
+        recipe, found = self.recipe, dict[Value, int]()
         for layer in self.plan.layers:
-            if layer.data is not None:
+            if layer.data is not None and layer.node not in self.plan.on_16_bits:
                 wish = recipe.bits_of(layer.node.name or "").activations
                 bits = wish or max(recipe.activation_bits, self._least_bits(layer.node))
                 found[layer.data] = max(bits, found.get(layer.data, 0))
@@ -388,36 +399,6 @@ class _Planner:
     def _fits(self, value: Value) -> bool:
         """Whether all values of a tensor have codes in its group."""
         return self.plan.copies(value) or value.producer() in self.plan.on_codes
-
-    # -- why what is quantized runs in float all the same ------------------------------------------------------------
-
-    def explain(self) -> None:
-        """Record the layers whose codes ONNX Runtime only dequantizes, by their types and shapes."""
-        recipe, plan = self.recipe, self.plan
-        for layer in plan.layers:
-            why = explain_dequantized_layer(layer, plan, recipe)
-            if why is not None:
-                plan.kept.setdefault(layer.node.name or "", Decision(None, why))
-        for node in self.nodes:
-            follower = next((reader for reader, layer in plan.absorbed.items() if layer is node), node)
-            touched = [*node.inputs, *node.outputs, *follower.outputs]
-            if node in plan.integer and any(plan.has_channel_scales(value) for value in touched):
-                plan.kept.setdefault(node.name or "", Decision(None, NO_CHANNEL_SCALE_KERNEL))
-        if recipe.activation_bits == 16:
-            for node in self.nodes:
-                if node in plan.integer or node in plan.absorbed:
-                    plan.kept.setdefault(node.name or "", Decision(None, NO_16_BIT_KERNEL))
-        for node, layer_node in plan.absorbed.items():
-            if layer_node.name in plan.kept:
-                plan.kept.setdefault(node.name or "", plan.kept[layer_node.name])
-        for node in self.nodes:  # fused into the layer before, an activation gives the layer its own name
-            before = next(_previous_nodes(node), None)
-            if (
-                before is not None
-                and node.op_type in CLIPPING_ACTIVATIONS
-                and isinstance(QUANTIZATION_RULES.get(before.op_type), WeightedRule)
-            ):
-                plan.activation_of[node.name or ""] = before.name or ""
 
 
 _Neighbours = Callable[[Node], Iterator[Node]]

@@ -2,9 +2,10 @@
 
     layer -> QuantizeLinear [-> Clip on codes] -> DequantizeLinear -> every reader
 
-One pair a tensor, however many read it: two quantizers on one tensor keep ONNX Runtime from using an integer kernel.
-Codes of fewer than 8 bits live in 8-bit containers, the Clip holds them to their range. A Relu or Clip behind a layer
-goes away where the codes saturate at its bounds, and otherwise becomes a Clip on the codes.
+One pair a tensor, however many read it: two quantizers on one tensor keep ONNX Runtime from using an integer kernel. An
+Identity between two types of codes is a second pair alone. Codes of fewer than 8 bits live in 8-bit containers, a Clip
+holds them to their range. A Relu or Clip behind a layer goes away where the codes saturate at its bounds, and otherwise
+becomes a Clip on the codes.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ from qconv.ir.rewriting import data_input
 from qconv.planning.eligibility import gives_places
 from qconv.planning.plan import Plan, data_inputs, data_positions
 from qconv.planning.saturating_line import find_saturating_line
+from qconv.planning.widths import COPY
+from qconv.quantization.code_attributes import axis_attribute, has_integer_clip_kernel, integer_clip_bounds
 from qconv.quantization.layer import LayerParams
 from qconv.quantization.parameters import Params
-from qconv.quantizer import PerBlock, PerChannel, QuantParams, QuantSpec
+from qconv.quantizer import PerChannel, QuantParams, QuantSpec
 
 FUSIBLE_RULES = (WeightedRule, ComputingRule)
 """Rules of the operators that have integer kernels in ONNX Runtime whose results differ from those of float."""
@@ -77,6 +80,8 @@ class _QdqWriter:
             self._on_codes(node)
         elif node in self._lines:
             self._add_to_codes(node)
+        elif self._converts(node):
+            self._quantize_again(node)
         else:
             for value in node.outputs:
                 if value in self.plan.given and node.op_type == "DequantizeLinear":
@@ -164,7 +169,7 @@ class _QdqWriter:
         before = activation.inputs[0]
         assert before is not None
         chosen = self.params.activations[result]
-        cannot = not self._saturates(chosen, activation) and not _has_integer_clip_kernel(chosen)
+        cannot = not self._saturates(chosen, activation) and not has_integer_clip_kernel(chosen)
         if self.plan.target.keeps_activations or cannot:
             self.tensor(result, activation)
             return
@@ -182,11 +187,26 @@ class _QdqWriter:
         self._publish(result, codes, readers, rename=True)
         self.model.remove(activation)
 
+    def _converts(self, node: Node) -> bool:
+        """Whether a node is a copy that changes the type of codes: a quantizer behind a dequantizer does that alone."""
+        codes, chosen = self.codes.get(data_input(node)), self.params.activations.get(node.outputs[0])
+        if node.op_type != COPY or codes is None or chosen is None or chosen.bits is not None:
+            return False
+        return codes.dtype != DataType.from_numpy(chosen.spec.dtype)
+
+    def _quantize_again(self, copy: Node) -> None:
+        """A quantizer behind the dequantizer of what a copy reads takes the copy's place."""
+        result, readers = copy.outputs[0], self._readers(copy.outputs[0], copy)
+        chosen = self.params.activations[result]
+        quantizer = self._quantizer(data_input(copy), chosen, copy, wish=result.name or "")
+        self._publish(result, self._hold_to_bits(quantizer, chosen), readers, rename=True)
+        self.model.remove(copy)
+
     def _on_codes(self, node: Node) -> None:
         result, source = node.outputs[0], node.inputs[0]
         assert source is not None
         chosen = self.params.activations[result]
-        if not _has_integer_clip_kernel(chosen):
+        if not has_integer_clip_kernel(chosen):
             self.tensor(result, node)
             return
         readers = self._readers(result, node)
@@ -242,7 +262,7 @@ class _QdqWriter:
             behind = self._end_at_codes(value, chosen, behind, wish)
             value = behind.outputs[0]
         scale, zero = self._grid(chosen)
-        name, attributes = f"{wish}_q", _axis_attribute(chosen)
+        name, attributes = f"{wish}_q", axis_attribute(chosen)
         node = self.model.build(
             "QuantizeLinear", [value, scale, zero], name=name, output=name, attributes=attributes, like=value
         )
@@ -280,10 +300,10 @@ class _QdqWriter:
 
     def _saturates(self, chosen: QuantParams, activation: Node) -> bool:
         """Whether the codes end where the Relu or Clip would cut, so that it has nothing left to do."""
-        return all(map(np.array_equal, _integer_clip_bounds(chosen, activation), chosen.limits))
+        return all(map(np.array_equal, integer_clip_bounds(chosen, activation), chosen.limits))
 
     def _clip_codes(self, codes: Value, chosen: QuantParams, activation: Node) -> Value:
-        low, high = _integer_clip_bounds(chosen, activation)
+        low, high = integer_clip_bounds(chosen, activation)
         return self._clip(codes, chosen, int(low), int(high))
 
     def _clip(self, codes: Value, chosen: QuantParams, low: int, high: int) -> Value:
@@ -410,7 +430,7 @@ class _QdqWriter:
         self, codes: Value, params: QuantParams, name: str, like: Value, kind: DataType | None = None
     ) -> Node:
         """A DequantizeLinear that is not in the graph yet; `kind` is the type of the codes where numpy has none."""
-        attributes = _axis_attribute(params)
+        attributes = axis_attribute(params)
         inputs = [codes, *self._grid(params, kind)]
         wish = f"{name}_dq"
         node = self.model.build("DequantizeLinear", inputs, name=wish, output=wish, attributes=attributes, like=like)
@@ -423,28 +443,3 @@ class _QdqWriter:
 def _is_dequantized(value: Value) -> bool:
     producer = value.producer()
     return producer is not None and producer.op_type == "DequantizeLinear"
-
-
-def _axis_attribute(params: QuantParams) -> dict[str, int]:
-    """The axis and block size attributes of a quantizer or dequantizer with these parameters."""
-    match params.spec.granularity:
-        case PerChannel(axis):
-            return {"axis": axis}
-        case PerBlock(axis, size):
-            return {"axis": axis, "block_size": size}
-        case _:
-            return {}
-
-
-def _integer_clip_bounds(chosen: QuantParams, activation: Node) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """The codes of a Relu's or Clip's bounds, () or (C,)."""
-    bounds = clip_bounds(activation)
-    assert bounds is not None
-    shape = (1, chosen.scale.size) if chosen.scale.ndim else ()
-    low, high = (chosen.quantize(np.full(shape, bound, np.float32)).reshape(chosen.scale.shape) for bound in bounds)
-    return low, high
-
-
-def _has_integer_clip_kernel(chosen: QuantParams) -> bool:
-    """ONNX Runtime has Clip and Pad for 8-bit integers, not for 16; they know one limit and one zero for all."""
-    return chosen.spec.dtype.itemsize == 1 and not chosen.scale.ndim

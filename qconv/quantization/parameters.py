@@ -20,6 +20,7 @@ from qconv.ir import layers
 from qconv.ir.model import Node, Value, constant_array, input_of
 from qconv.ir.operators import operator
 from qconv.planning.plan import LayerPlan, Plan, count_channels
+from qconv.planning.widths import COPY
 from qconv.quantization import weight_ranges
 from qconv.quantization.layer import LayerInput, LayerParams, WeightReader, quantize_readers
 from qconv.quantizer import PerBlock, PerChannel, QuantParams, QuantSpec
@@ -57,6 +58,7 @@ def choose_activation_params(
     ranges = choose_ranges(plan, sketches, recipe, set_ranges)
     findings = _clip_at_gates(plan, ranges)
     _widen_average_ranges(plan, ranges)
+    _hold_what_copies_read(plan, ranges)
     for value, (low, high) in ranges.items():
         params.activations[value] = plan.given.get(value) or _activation_spec(plan, value).from_range(low, high)
     for value in plan.by_channel():
@@ -199,6 +201,20 @@ def _widen_average_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
             for value in groups[result]:
                 low, high = ranges[value]
                 ranges[value] = low * factor, high * factor
+
+
+def _hold_what_copies_read(plan: Plan, ranges: dict[Value, Range]) -> None:
+    """Let the range of a copy with more bits hold all that has a code in what it is of, so that it loses nothing."""
+    groups = plan.group_of()
+    for value in plan.activations:
+        maker = value.producer()
+        source = None if maker is None or maker.op_type != COPY else maker.inputs[0]
+        if source not in ranges or _activation_spec(plan, value).bits <= _activation_spec(plan, source).bits:
+            continue
+        known = plan.given.get(source) or _activation_spec(plan, source).from_range(*ranges[source])
+        low, high = map(float, known.code_range())
+        for member in groups[value]:
+            ranges[member] = min(ranges[member][0], low), max(ranges[member][1], high)
 
 
 def _activation_spec(plan: Plan, value: Value) -> QuantSpec:

@@ -49,7 +49,8 @@ class LayerComparison:
     """A node of the quantized file, compared with the tensor of the float model that it stands for.
 
     Attributes:
-        name, op, tensor: The node, its operator and its output.
+        name, op, tensor: The node, its operator and its output; of what is rounded a second time, for readers that want
+            other bits, "NODE in 8 bits" and Convert.
         sqnr_db: SQNR as the layer runs in the quantized network, with the error that it receives; None where equal.
         added_sqnr_db: SQNR of its own error, when fed with the float model's tensors; None where equal.
         cosine: Cosine similarity as the layer runs.

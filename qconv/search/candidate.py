@@ -29,6 +29,7 @@ from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs
 from qconv.metrics.demands import DROPS, Demanded
 from qconv.metrics.output_parts import Parts
 from qconv.passes.compress_constants import compress_constants
+from qconv.passes.requantize import give_readers_copies
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan, replan
 from qconv.quantization.emit import emit
@@ -98,8 +99,9 @@ def quantize_to_nearest(
     model: Model, recipe: Recipe, sketches: Mapping[str, Sketch], floats: Mapping[str, str] | None = None
 ) -> Model:
     """Build the quantized model that `quantize` makes of these sketches, with weights rounded to the nearest code."""
-    plan = make_plan(model, recipe, TARGETS[recipe.target], floats)
-    folded = FoldedNetwork(model, plan, sketches, NO_SET_RANGES)
+    model = model.copy()
+    copied = give_readers_copies(model, make_plan(model, recipe, TARGETS[recipe.target], floats), sketches)
+    folded = FoldedNetwork(model, copied.plan, copied.sketches, NO_SET_RANGES)
     return build_quantized_model(folded, recipe, round_to_nearest(folded, recipe).params)
 
 

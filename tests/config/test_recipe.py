@@ -22,8 +22,9 @@ from qconv.config.data_options import (
     ResizeFilter,
 )
 from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
-from qconv.config.serialization import command_line_options
+from qconv.config.serialization import command_line_options, recipe_from_dict, recipe_lines
 from qconv.errors import QconvError
+from qconv.ir.metadata import needed_opset
 
 NAN, INF = float("nan"), float("inf")
 
@@ -412,6 +413,70 @@ def test_values_that_cannot_be_are_refused_when_they_are_made(make: Any, fact: s
     with pytest.raises(QconvError, match=fact) as caught:
         make()
     assert fix in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("chosen", "options", "fact", "fix"),
+    [
+        ((8, 4), {}, "--candidate-activation-bits 4,8", "use 8 and one or both of 16 and float"),
+        ((), {}, "--candidate-activation-bits ", "name 8 as well"),
+        ((16, 32), {"target": "generic"}, "--candidate-activation-bits 16,float", "name 8 as well"),
+        ((8, 32), {"activation_bits": 16}, "with --activation-bits 16", "leave one of them out"),
+        ((8, 32), {"activation_bits": 32}, "with --activation-bits 32", "leave one of them out"),
+        ((8, 16), {}, "8,16 with --target ort-cpu", "use 8,float: 16 bits run in float there"),
+        ((8, 16, 32), {"target": "tensorrt"}, "8,16,float with --target tensorrt", "use 8,float: TensorRT takes int8"),
+        ((8, 16), {"target": "openvino"}, "with --target openvino", "use 8,float: OpenVINO"),
+        ((8, 32), {"data_free": True}, "8,float without pictures", "pass some with --calib"),
+    ],
+)
+def test_candidates_for_activations_that_cannot_be(
+    chosen: tuple[int, ...], options: dict[str, Any], fact: str, fix: str
+) -> None:
+    with pytest.raises(QconvError) as caught:
+        Recipe(candidate_activation_bits=chosen, **options)
+    assert fact in caught.value.message
+    assert fix in caught.value.hint
+
+
+def test_candidates_for_activations_are_chosen_by_pictures() -> None:
+    recipe = Recipe(candidate_activation_bits=(8, 32), stats="s.npz")
+    with pytest.raises(QconvError, match="8,float with --stats alone"):
+        recipe.with_data(DataOptions())
+    assert recipe.with_data(DataOptions(("imgs",))).candidate_activation_bits == (8, 32)
+    assert Recipe(candidate_activation_bits=(8,), data_free=True).high_precision is None  # nothing is chosen
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, 32),
+        ({"target": "generic"}, 32),
+        ({"target": "generic", "candidate_activation_bits": (8, 16)}, 16),
+        ({"target": "generic", "candidate_activation_bits": (32, 8, 16)}, 16),
+        ({"target": "generic", "candidate_activation_bits": (8,)}, None),
+        ({"activation_bits": 4}, None),
+        ({"activation_bits": 16}, None),
+    ],
+)
+def test_what_loud_tensors_get_in_place_of_8_bits(options: dict[str, Any], wanted: int | None) -> None:
+    assert Recipe(**options).high_precision == wanted
+
+
+def test_candidates_of_16_bits_ask_for_the_opset_that_has_them() -> None:
+    """QuantizeLinear takes uint16 from opset 21 on."""
+    recipe = Recipe(target="generic", candidate_activation_bits=(8, 16))
+    assert needed_opset(recipe, 17) == 21
+    assert needed_opset(replace(recipe, candidate_activation_bits=(8, 32)), 17) == 17
+    with pytest.raises(QconvError, match="--opset 17 is below what these types need"):
+        needed_opset(replace(recipe, opset=17), 13)
+
+
+def test_candidates_for_activations_are_said_as_they_were_typed() -> None:
+    recipe = Recipe(target="generic", candidate_activation_bits=(8, 16, 32))
+    carried = recipe.as_dict(DataOptions())
+    assert command_line_options(carried) == ["--candidate-activation-bits", "8,16,float", "--target", "generic"]
+    assert recipe_from_dict(json.loads(json.dumps(carried))) == recipe
+    assert recipe_lines(carried)["candidate-activation-bits"] == "8,16,float"
 
 
 def test_a_path_is_as_good_as_its_text() -> None:

@@ -52,8 +52,8 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    wishes = (LayerBits(4), LayerBits(None, 6), LayerBits(3, 5), LayerBits(in_float=True))
-    names = ("a.b", 'say "x"', escape_glob("odd[0]*"), "été\t")
+    wishes = (LayerBits(4), LayerBits(None, 6), LayerBits(3, 5), LayerBits(in_float=True), LayerBits(4, 32))
+    names = ("a.b", 'say "x"', escape_glob("odd[0]*"), "été\t", "in float")
     assignment = tuple(zip(names, wishes, strict=True))
     assert read_layer_bits(written(tmp_path, format_layer_bits(assignment))) == assignment
 
@@ -105,7 +105,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     [
         (LayerBits(9), {}, "weights of 9 bits"),
         (LayerBits(1), {}, "weights of 1 bits"),
-        (LayerBits(None, 32), {}, "activations of 32 bits"),
+        (LayerBits(None, 24), {}, "activations of 24 bits"),
+        (LayerBits(None, 32), {"activation_bits": 32}, "beside --activation-bits 32"),
         (LayerBits(4, 8), {"activation_bits": 32}, "beside --activation-bits 32"),
         (LayerBits(4, 4), {"target": "tensorrt"}, "activations of 4 bits and --target tensorrt"),
         (LayerBits(16), {"target": "openvino"}, "weights of 16 bits and --target openvino"),
@@ -170,11 +171,18 @@ def test_float_is_float_and_says_who_wanted_it() -> None:
     assert planned.kept("d") == planned.kept("e") == KEPT_FLOAT_BY_LAYER_BITS
 
 
-def test_float_is_for_layers_alone() -> None:
-    """A glob of layers leaves a Relu of that name where it is."""
+@pytest.mark.parametrize("wish", [LayerBits(in_float=True), LayerBits(None, 32)])
+def test_float_is_for_any_node(wish: LayerBits) -> None:
     proto = network("a = Conv(x, w) b = Relu(a) y = Conv(b, v)", w=(4, 3, 3, 3), v=(4, 4, 1, 1))
-    planned = Planned(proto, Recipe(layer_bits=(("b", LayerBits(in_float=True)),)))
-    assert planned.absorbed == {"b": "a"}
+    planned = Planned(proto, Recipe(layer_bits=(("b", wish),)))
+    assert planned.absorbed == {}
+    assert planned.kept("b") == KEPT_FLOAT_BY_LAYER_BITS
+
+
+def test_a_layer_on_float_keeps_its_weights_as_codes() -> None:
+    planned = Planned(CHAIN, Recipe(layer_bits=(("d", LayerBits(4, 32)), ("e", LayerBits(in_float=True)))))
+    assert planned.layers == "c d f y"
+    assert (planned.layer("d").data, planned.layer("d").weight.bits) == (None, 4)
 
 
 def test_codes_of_16_bits_say_why_they_run_in_float() -> None:

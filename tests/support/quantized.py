@@ -27,9 +27,10 @@ from qconv.ir import load, metadata
 from qconv.ir.files import Source, declared_opset
 from qconv.passes import fold
 from qconv.passes.compress_constants import compress_constants
+from qconv.passes.requantize import convert_between_widths
 from qconv.pipeline.prepare import plan_folded, runs_on_ort
 from qconv.planning.plan import Plan
-from qconv.planning.planner import make_plan
+from qconv.planning.planner import make_plan, replan
 from qconv.quantization.emit import emit
 from qconv.quantization.parameters import Params, choose_params
 from qconv.results.quantize import Audit
@@ -112,6 +113,8 @@ class Quantized:
         skip_without("onnxruntime", oldest, "what is made here says so")
         whole = make_plan(model, recipe, TARGETS[recipe.target])
         self.plan: Plan = plan_folded(model, recipe, None) if placed else whole
+        if convert_between_widths(model, self.plan):
+            self.plan = replan(self.plan, model)
         observers = self.plan.observers(sketch_contents_for(recipe))
         sketches = {}
         if observers:
