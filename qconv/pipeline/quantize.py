@@ -63,8 +63,10 @@ from qconv.search.candidate import (
     round_second_order_in_place,
     round_to_nearest,
 )
+from qconv.search.gate_check import GateCheck
 from qconv.search.latency import tune_latency
 from qconv.search.mixed_precision import check_target_size, predict_recipe, search_bits
+from qconv.search.precision_choice import HoldsGates
 from qconv.search.tuned_ranges import tune_ranges
 
 EQUALIZATION_IMAGES = 64
@@ -257,10 +259,18 @@ class _QuantizationRun:
         with self.clock.step("ranges"):
             folded = FoldedNetwork(self.model, self.plan, self.sketches, self.set_ranges)
             fed, parts = pictures.model_preprocessing, self._network.parts
-            tuned = tune_ranges(folded, recipe, pictures.feed, fed, parts, self.reporter)
+            tuned = tune_ranges(folded, recipe, pictures.feed, fed, parts, self.reporter, self._gate_check)
             self.plan, self.set_ranges = tuned.folded.plan, tuned.folded.set_ranges
             self.findings += tuned.findings
             self.precision = tuned.precision
+
+    @property
+    def _gate_check(self) -> HoldsGates | None:
+        """Whether a model holds the gates on the images that it is fitted to; None where there are none."""
+        if not self.recipe.is_gated or self.pictures.feed is None:
+            return None
+        original = open_original(self.source, self.recipe.threads, self.pictures.data.tasks)
+        return GateCheck(self.recipe, original, self.pictures.feed, self.pictures.labels, self.reporter).holds
 
     def choose_numbers(self) -> tuple[QuantizationSolution, MixedPrecision | None]:
         """Find all numbers that are written, and the bits of layers before that, where they are searched for."""

@@ -189,8 +189,9 @@ class CurveSearch:
         return best if self._measured_db(best) >= self._measured_db(0) + LEAST_GAIN_DB else 0
 
     def find_holding(self, start: int, holds: Callable[[Division], bool]) -> int:
-        """The first point from `start` on that holds, or the last one where none does."""
-        if holds(self.points[start]):
+        """The first point from `start` on that holds, or `start` where none does."""
+        last = len(self.points) - 1
+        if holds(self.points[start]) or start == last or not holds(self.points[last]):
             return start
         found = self._first_of(range(start, len(self.points)), lambda index: holds(self.points[index]))
         self._measured_db(found)
