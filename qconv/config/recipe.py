@@ -140,7 +140,7 @@ def check_target(recipe: Recipe) -> None:
     if recipe.float_budget is not None:
         told = f"--float-budget {recipe.float_budget:g}"
         require(0 <= recipe.float_budget <= 1, told, "use a share of the time, from 0 to 1.")
-        spent = tunable and recipe.tune_ranges
+        spent = tunable and (recipe.tune_ranges or recipe.divides_by_statistics)
         hint = "leave it out: it is spent with --tune-ranges, on target ort-cpu, and layers in integers of 8 bits."
         require(bool(spent) or recipe.float_budget == 0, f"{told} with these options", hint)
     if recipe.saturation_safe is not None:
@@ -331,6 +331,12 @@ class Recipe:
         """Whether layers run on codes of 8 bits, for which costs are known, or such as lie in them."""
         whole = not self.pack and self.weight_granularity is not WeightGranularity.PER_BLOCK
         return whole and self.bits_of_activations == {8} and max(self.bits_of_weights) <= 8
+
+    @property
+    def divides_by_statistics(self) -> bool:
+        """Whether what stays in float for accuracy is chosen by calibration's statistics, which have histograms then."""
+        watched = self.calibrator == FEW_BITS_CALIBRATOR and self.stats is None and not self.data_free
+        return watched and self.effort == "fast" and not self.tune_ranges
 
     def bits_of(self, name: str) -> LayerBits:
         """What `layer_bits` says of the layer of this name: its first glob that matches."""

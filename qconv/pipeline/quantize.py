@@ -65,6 +65,7 @@ from qconv.search.candidate import (
 )
 from qconv.search.gate_check import GateCheck
 from qconv.search.latency import tune_latency
+from qconv.search.local_noise import divide_by_statistics
 from qconv.search.mixed_precision import check_target_size, predict_recipe, search_bits
 from qconv.search.precision_choice import HoldsGates
 from qconv.search.tuned_ranges import tune_ranges
@@ -252,17 +253,24 @@ class _QuantizationRun:
             self.findings.append(Change("tune", self.source.name, fastest.in_words()))
 
     def tune_ranges(self) -> None:
-        """Set ranges of activations by what the outputs lose, where that is asked for."""
+        """Set ranges of activations by what the outputs lose, and leave in float what is worth its time."""
         recipe, pictures = self.recipe, self.pictures
-        if not recipe.tune_ranges or pictures.feed is None:
+        if pictures.feed is None or not (recipe.tune_ranges or recipe.divides_by_statistics):
             return
         with self.clock.step("ranges"):
             folded = FoldedNetwork(self.model, self.plan, self.sketches, self.set_ranges)
             fed, parts = pictures.model_preprocessing, self._network.parts
-            tuned = tune_ranges(folded, recipe, pictures.feed, fed, parts, self.reporter, self._gate_check)
-            self.plan, self.set_ranges = tuned.folded.plan, tuned.folded.set_ranges
-            self.findings += tuned.findings
-            self.precision = tuned.precision
+            if recipe.tune_ranges:
+                tuned = tune_ranges(folded, recipe, pictures.feed, fed, parts, self.reporter, self._gate_check)
+                folded, findings, self.precision = tuned.folded, tuned.findings, tuned.precision
+            else:
+                division = divide_by_statistics(
+                    folded, recipe, pictures.feed, fed, parts, self.reporter, self._gate_check
+                )
+                findings, self.precision = division.findings, division.report
+                folded = replace(folded, plan=replan(folded.plan, folded.model, floats=division.floats))
+            self.plan, self.set_ranges = folded.plan, folded.set_ranges
+            self.findings += findings
 
     @property
     def _gate_check(self) -> HoldsGates | None:

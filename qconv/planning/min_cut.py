@@ -21,7 +21,12 @@ class FlowNetwork:
         self._residual_capacity: dict[Vertex, dict[Vertex, float]] = {self.source: {}, self.sink: {}}
 
     def edge(self, start: Vertex, end: Vertex, capacity: float) -> None:
-        """Add an edge: with `start` on the side of the source and `end` on the other, a cut costs `capacity`."""
+        """Add an edge: with `start` on the side of the source and `end` on the other, a cut costs `capacity`.
+
+        What no cut ever pays is left out.
+        """
+        if start is end or start is self.sink or end is self.source:
+            return
         out = self._residual_capacity.setdefault(start, {})
         out[end] = out.get(end, 0.0) + capacity
         self._residual_capacity.setdefault(end, {}).setdefault(start, 0.0)

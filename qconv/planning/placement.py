@@ -233,42 +233,51 @@ class PlacementProblem:
                 found += cost.integer_us if node in integer else cost.float_us
         return found + sum(us for first, other, us in self.pairs if other in integer and first not in integer)
 
-    def cheapest(self, penalties: Iterable[tuple[Set[Node], float]] = ()) -> set[Node]:
+    def cheapest(
+        self,
+        penalties: Iterable[tuple[Set[Node], float]] = (),
+        floats: Set[Node] = frozenset(),
+        held: Set[Node] = frozenset(),
+    ) -> set[Node]:
         """The nodes that should run in integers: all but the source's side of the minimum cut, the smallest such.
 
-        penalties: nodes, and the us that it costs once if any of them runs in integers.
+        penalties: nodes, and the us that it costs once if any of them runs in integers. floats, held: nodes that are
+        known to run in float, and in integers.
         """
         network = FlowNetwork()
+        vertices: dict[Node | None, object] = {node: node for node in self.costs}
+        vertices.update((node, network.source) for node in floats)
+        vertices.update((node, network.sink) for node in held)
         for index, (nodes, us) in enumerate(penalties):
             network.edge(network.source, index, us)
             for node in nodes:
-                network.edge(index, node, math.inf)
+                network.edge(index, vertices[node], math.inf)
         for node, cost in self.costs.items():
             if cost is not None:
-                network.edge(network.source, node, cost.integer_us)
-                network.edge(node, network.sink, cost.float_us)
+                network.edge(network.source, vertices[node], cost.integer_us)
+                network.edge(vertices[node], network.sink, cost.float_us)
             elif isinstance(
                 QUANTIZATION_RULES[node.op_type], WeightedRule
             ):  # nothing is known of it: integers are the rule
-                network.edge(node, network.sink, math.inf)
+                network.edge(vertices[node], network.sink, math.inf)
         for first, other, us in self.pairs:
-            network.edge(first, other, us)
+            network.edge(vertices[first], vertices[other], us)
         for tensor in self.tensors:
-            self._tie(network, tensor)
+            self._tie(network, tensor, vertices)
         cut = network.source_side()
-        return {node for node in self.costs if node not in cut}
+        return {node for node in self.costs if node not in cut and node not in floats}
 
-    def _tie(self, network: FlowNetwork, tensor: TensorCost) -> None:
+    def _tie(self, network: FlowNetwork, tensor: TensorCost, vertices: Mapping[Node | None, object]) -> None:
         """Add the edges of a tensor: it is converted once for all readers of the other kind."""
         outside = network.sink if tensor.codes else network.source
-        producer: object = tensor.producer if tensor.producer in self.costs else outside
+        producer = vertices.get(tensor.producer, outside)
         codes, numbers = ("codes", tensor.value), ("numbers", tensor.value)
         network.edge(producer, codes, tensor.switch_us)
         network.edge(numbers, producer, tensor.switch_us)
         for reader in tensor.readers:
             if reader in self.costs:
-                network.edge(codes, reader, math.inf)
-                network.edge(reader, numbers, math.inf)
+                network.edge(codes, vertices[reader], math.inf)
+                network.edge(vertices[reader], numbers, math.inf)
             else:
                 network.edge(network.source, numbers, math.inf)
 

@@ -98,10 +98,14 @@ class PrecisionProblem:
         time = self.problem.time(integer) / max(self.problem.time(self.whole), 1e-9)
         return Division(frozenset(integer), time, self.noise_of(integer))
 
-    def divide(self, price: float) -> frozenset[Node]:
-        """The nodes that run in integers where noise of 1 costs so many us."""
+    def divide(self, price: float, low: Set[Node] | None = None, high: Set[Node] = frozenset()) -> frozenset[Node]:
+        """The nodes that run in integers where noise of 1 costs so many us.
+
+        low, high: those at a lower and at a higher price, where known. The higher the price, the fewer they are, as it
+        raises capacities of the source alone (Gallo, Grigoriadis and Tarjan 1989, https://doi.org/10.1137/0218003).
+        """
         penalties = ((nodes, price * noise) for nodes, noise in self.rounded if noise > 0)
-        return frozenset(self.cautious.cheapest(penalties))
+        return frozenset(self.cautious.cheapest(penalties, set() if low is None else self.whole - low, high))
 
     def fastest(self, integer: Set[Node]) -> PrecisionCurve:
         """The curve of one point. integer: the nodes of the division by times alone."""
@@ -130,7 +134,7 @@ class PrecisionProblem:
         if better <= 0 or dearer <= LEAST_TIME_STEP * self.problem.time(self.whole):
             return []
         price = dearer / better
-        found = self.divide(price)
+        found = self.divide(price, low, high)
         if self._cost(found, price) >= self._cost(low, price) * (1 - 1e-9):
             return []
         return [*self._between(low, found), found, *self._between(found, high)]

@@ -36,6 +36,7 @@ from qconv.planning.placement import (
 from qconv.planning.plan import Plan
 from qconv.planning.planner import replan
 from qconv.planning.precision_curve import Division, PrecisionCurve, PrecisionProblem, TensorNoise
+from qconv.quantization.parameters import choose_ranges
 from qconv.reporter import Reporter
 from qconv.results.precision import FOR_ACCURACY, PrecisionPoint, PrecisionReport
 from qconv.runtime.session import Session
@@ -96,7 +97,9 @@ def choose_division(
     costs = PlacementProblem.of(model, whole, infer_run_shapes(model, fed), table)
     if not costs.time(whole.integer):
         return ChosenDivision(known)  # sizes are not known before a run, nor are times
-    trial = _DivisionTrial(folded, recipe, whole, names, apart, parts)
+    ranges = choose_ranges(whole, folded.sketches, recipe, folded.set_ranges)  # once, not for each division
+    known_ranges = {value.name or "": found for value, found in ranges.items()}
+    trial = _DivisionTrial(replace(folded, set_ranges=known_ranges), recipe, whole, names, apart, parts)
     problem = PrecisionProblem.of(model, whole, costs, noises)
     search = CurveSearch(problem.fastest(folded.plan.integer), lambda point: trial.measure(point.integer))
     if holds_gates is not None or search.is_poor:
