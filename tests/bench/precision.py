@@ -112,7 +112,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.precision", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("names", nargs="*", metavar="NAME", choices=[*NAMES, []], help="all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all by default")
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with models/ and images/")
     parser.add_argument("--work", type=Path, required=True, help="files are kept here")
     parser.add_argument("--models", type=Path, help="folder with networks that are made")
@@ -124,7 +124,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="turns that each file is timed")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
-    return parser.parse_args()
+    wanted = parser.parse_args()
+    if unknown := [name for name in wanted.names if name not in NAMES]:
+        parser.error(f"no network is called {unknown[0]}")
+    return wanted
 
 
 def chosen_sides(wanted: argparse.Namespace) -> list[Side]:
@@ -263,9 +266,8 @@ def scores(of: Mapping[str, Found], sides: Sequence[str]) -> str:
     """'map 34.30: 28.80 / 33.80', shares of float's boxes found, and agreement, in percent."""
     told = []
     for name, (reference, _) in of[sides[0]]["scores"].items():
-        told.append(
-            f"{name} {100 * reference:.2f} | " + " / ".join(f"{100 * of[s]['scores'][name][1]:.2f}" for s in sides)
-        )
+        each = " / ".join(f"{100 * of[side]['scores'][name][1]:.2f}" for side in sides)
+        told.append(f"{name} {100 * reference:.2f}: {each}")
     for name in ("boxes", "agreement"):
         if of[sides[0]][name] is not None:
             told.append(f"{name} " + " / ".join(f"{100 * of[side][name]:.1f}" for side in sides))
