@@ -2,10 +2,10 @@
 
     python -m tests.bench.precision --work DIR [--models DIR] [--base TREE] [--reuse DIR] [NAME ...]
 
-Sides: `base` is the tree at TREE, `zero` the same with `--float-budget 0`, `new` this one. Where base leaves nothing in
-float for accuracy, zero is its file. All run with default options but for preprocessing, on one thread. Each side leaves
-SIDE_NAME.onnx in DIR with what was measured in SIDE_NAME.json; --reuse takes both from a folder of an earlier run.
---models names a folder with networks by `tests.bench.seeded_networks` and `tests.bench.ultralytics_models`.
+Sides: `base` is the tree at TREE, `zero` the same with `--float-budget 0`, `new` this one. Where base leaves nothing
+in float for accuracy, zero is its file. All run with default options but for preprocessing, on one thread. Each side
+leaves SIDE_NAME.onnx in DIR with what was measured in SIDE_NAME.json; --reuse takes both from a folder of an earlier
+run. --models names a folder with networks by `tests.bench.seeded_networks` and `tests.bench.ultralytics_models`.
 
     dB        lowest SQNR of an output on pictures that no side has seen, by this tree's `evaluate`; of networks of
               Ultralytics the lowest part, in front of a TopK that picks rows
