@@ -232,7 +232,25 @@ TASK_CASES: tuple[Case, ...] = (
 )
 """Of `make bench-tasks` alone."""
 
-BY_NAME: Mapping[str, Case] = {case.name: case for case in (*CASES, *TASK_CASES)}
+
+def _seeded(name: str, side: int = 224) -> Case:
+    prep = imagenet((side, side), resize="crop")
+    return Case(name, f"{name}.onnx", prep, ("--preprocess", "imagenet"))
+
+
+SEEDED: Mapping[str, tuple[str, Case]] = {
+    "mobilenetv3": ("mobilenetv3_large_100", _seeded("mobilenetv3")),
+    "seeded_b0": ("efficientnet_b0", _seeded("seeded_b0")),
+    "mobilenetv4": ("mobilenetv4_conv_small", _seeded("mobilenetv4")),
+    "repvit": ("repvit_m0_9", _seeded("repvit")),
+    "fastvit": ("fastvit_t8", _seeded("fastvit", 256)),
+    "convnext": ("convnext_tiny", _seeded("convnext")),
+}
+"""timm's name and the case of networks that `seeded_networks` makes; of `precision` alone."""
+
+BY_NAME: Mapping[str, Case] = {
+    case.name: case for case in (*CASES, *TASK_CASES, *(case for _, case in SEEDED.values()))
+}
 
 
 def light_file(case: Case) -> Path:

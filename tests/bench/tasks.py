@@ -228,7 +228,13 @@ def overlap(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def compare_rows(case: Case, model: Path, file: Path, place: Place) -> Row:
-    """Correlation of best scores, dB of boxes and dB of scores, by the tensor that joins both, (1, 4 + C, N)."""
+    """Correlation of best scores, dB of boxes and dB of scores."""
+    correlation, *sides = compare_parts(case, model, file, place)
+    return [f"{correlation:.4f}", *("equal" if side.sqnr_db is None else f"{side.sqnr_db:.1f}" for side in sides)]
+
+
+def compare_parts(case: Case, model: Path, file: Path, place: Place) -> tuple[float, Tally, Tally]:
+    """Correlation of best scores, boxes and scores, by the tensor that joins both, (1, 4 + C, N)."""
     name = joined_rows(model)
     copies = [with_output(path, name, place.scratch / f"{index}.onnx") for index, path in enumerate((model, file))]
     ours, theirs = (session(copy) for copy in copies)
@@ -239,8 +245,7 @@ def compare_rows(case: Case, model: Path, file: Path, place: Place) -> Row:
         boxes.add(ref[:, :4], got[:, :4])
         scores.add(ref[:, 4:], got[:, 4:])
         best.append((ref[:, 4:].max(), got[:, 4:].max()))
-    power = ["equal" if side.sqnr_db is None else f"{side.sqnr_db:.1f}" for side in (boxes, scores)]
-    return [f"{np.corrcoef(np.array(best).T)[0, 1]:.4f}", *power]
+    return float(np.corrcoef(np.array(best).T)[0, 1]), boxes, scores
 
 
 def joined_rows(path: Path) -> str:

@@ -27,7 +27,7 @@ import shutil
 import sys
 import tempfile
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.abc import Loader, MetaPathFinder
@@ -174,24 +174,24 @@ def make(network: Network, pictures: Any) -> Any:
     inner.names = {index: f"class {index}" for index in range(network.classes)}
     inner.task, inner.args = found.task, found.model.args
     found.model = inner
-    set_statistics(inner, pictures)
+    set_statistics(inner, pictures, inner.predict)
     inner.end2end = network.end_to_end
     scale_head(inner, pictures)
     return found
 
 
-def set_statistics(model: Any, pictures: Any) -> None:
-    """Sets the mean and the variance of every BatchNormalization to those of the pictures."""
+def set_statistics(model: Any, pictures: Any, predict: Callable[[Any], Any]) -> None:
+    """Sets the mean and the variance of every BatchNormalization to those of the pictures. predict: runs the model."""
     import torch
 
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
     model.train()
     with torch.no_grad():
         for batch in pictures.split(BATCH):
-            model.predict(batch)
+            predict(batch)
     for norm in norms:
         norm.momentum = 0.03
     model.eval()
