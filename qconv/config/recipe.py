@@ -334,7 +334,7 @@ class Recipe:
 
     @property
     def divides_by_statistics(self) -> bool:
-        """Whether what stays in float for accuracy is chosen by calibration's statistics, which have histograms then."""
+        """Whether what stays in float for accuracy is chosen by calibration's statistics, from their histograms."""
         watched = self.calibrator == FEW_BITS_CALIBRATOR and self.stats is None and not self.data_free
         return watched and self.effort == "fast" and not self.tune_ranges
 
