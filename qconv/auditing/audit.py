@@ -120,8 +120,8 @@ class _NodeNames:
         name = FUSED_NAME_SUFFIX.sub("", name)
         if name not in self.nodes:  # some fused nodes, and those in a layout of the runtime's own, bear their output's
             name = self.writers.get(name, name)
-        if name not in self.nodes and "/" in name:  # MatMul and Add made one Gemm: `NAME/MatMulAddFusion`
-            name = name.rpartition("/")[0]
+        if name not in self.nodes and "/" in name:  # `NAME/MatMulAddFusion`, `NAME/QuickGeluFusion/`
+            name = name.rstrip("/").rpartition("/")[0]
         return name
 
 
