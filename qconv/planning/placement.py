@@ -422,7 +422,7 @@ def _conv_work(node: Node, out: tuple[int, ...]) -> tuple[str, float, float] | N
         if per_group == 1:
             return ("grey3" if side < 4 else "grey5"), outputs, macs
         return ("stem3" if side < 5 else "stem7"), outputs, macs
-    if per_group == 1:
+    if per_group == 1 and outputs == group:  # with more outputs a group there is no integer kernel of its own
         return ("depthwise3" if side < 4 else "depthwise5" if side < 6 else "depthwise7"), outputs, macs
     channels = math.sqrt(per_group * outputs / group)
     kind = "conv" if group == 1 else "grouped"

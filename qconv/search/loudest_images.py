@@ -21,7 +21,7 @@ from qconv.runtime.session import Session
 
 STEP = "read again"
 
-FEW_NUMBERS = 4096
+FEW_NUMBERS = 64
 """Numbers of an image's outputs up to which a few images tell little."""
 
 APART_EVERY = 4

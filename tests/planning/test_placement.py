@@ -167,6 +167,7 @@ def test_layers_that_the_table_does_not_know_run_in_integers() -> None:
         ("y = Conv<group=8, pads=[2,2,2,2]>(x, k)", {"k": (8, 1, 5, 5)}, "depthwise5", 8 * 64 * 25),
         ("y = Conv<group=8, pads=[3,3,3,3], strides=[2,2]>(x, k)", {"k": (8, 1, 7, 7)}, "depthwise7", 8 * 16 * 49),
         ("y = Conv<group=2>(x, k)", {"k": (8, 4, 1, 1)}, "grouped1", 8 * 4 * 64),
+        (f"y = Conv<group=8, {SAME}>(x, k)", {"k": (16, 1, 3, 3)}, "grouped3", 16 * 64 * 9),
     ],
 )
 def test_work_is_counted_in_multiplications(
