@@ -54,6 +54,10 @@ DEPTHWISE_BLOCK, DEPTHWISE_REST_FACTOR = 16, 1.8
 SILU_SHARE = 0.85
 """Time of x * Sigmoid(x) in float over that of Sigmoid and Mul: ONNX Runtime 1.32 makes one operator of both."""
 
+CONVERSION_FACTOR = 2.5
+"""Time of conversions in networks with gates over that between two convolutions, which the table has: in EfficientNet-B0
+with 38 of them 2.7, measured on ONNX Runtime 1.32."""
+
 NCHW_KINDS = {"MaxPool": "max_pool_nchw", "Transpose": "transpose_nchw"}
 """Operators whose time in integers hangs on the layout of the codes that they read, and their lines for NCHW."""
 
@@ -224,6 +228,10 @@ class PlacementProblem:
             for node, cost in self.costs.items()
         }
         return replace(self, costs=raised)
+
+    def with_dear_conversions(self) -> PlacementProblem:
+        """The same with conversions as dear as among operators of all kinds, where layouts change, too."""
+        return replace(self, tensors=[replace(t, switch_us=CONVERSION_FACTOR * t.switch_us) for t in self.tensors])
 
     def time(self, integer: Set[Node]) -> float:
         """The time in us of one run with these nodes in integers, as far as the table knows."""

@@ -86,6 +86,7 @@ class PrecisionProblem:
         cls, model: Model, plan: Plan, problem: PlacementProblem, noises: Sequence[TensorNoise], rest: float = 0.0
     ) -> PrecisionProblem:
         """The problem of a folded network. plan: with all in integers that can be. noises: at its outputs."""
+        problem = problem.with_dear_conversions()
         rounded = [(frozenset(find_rounding_nodes(model, plan, own.members)), own.noise) for own in noises]
         return cls(problem, problem.cautious(), frozenset(plan.integer), [own for own in rounded if own[0]], rest)
 
