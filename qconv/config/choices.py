@@ -158,6 +158,9 @@ WIDE_BITS, FLOAT_BITS = 16, 32
 FLOAT_BUDGET = 0.1
 """Share of the all-integer time that may be spent on float for accuracy."""
 
+PRECISE_SHARE = 0.2
+"""Share of activations that may have more than 8 bits where times are not known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Drop:

@@ -109,6 +109,9 @@ def check_candidate_activation_bits(recipe: Recipe) -> None:
     if len(chosen) > 1:
         hint = "pass some with --calib, or leave it out: what 8 bits lose is measured on them."
         require(not recipe.data_free, f"{told} without pictures", hint)
+        require(recipe.stats is None, f"{told} with --stats", "leave one of them out: pictures are looked at again.")
+        hint = "pass --tune-ranges as well: what 8 bits lose is measured by it; or leave it out."
+        require(bool(recipe.tune_ranges), f"{told} without --tune-ranges", hint)
 
 
 def check_target(recipe: Recipe) -> None:
@@ -140,8 +143,9 @@ def check_target(recipe: Recipe) -> None:
     if recipe.float_budget is not None:
         told = f"--float-budget {recipe.float_budget:g}"
         require(0 <= recipe.float_budget <= 1, told, "use a share of the time, from 0 to 1.")
-        spent = tunable and (recipe.tune_ranges or recipe.divides_by_statistics)
-        hint = "leave it out: it is spent with --tune-ranges, on target ort-cpu, and layers in integers of 8 bits."
+        tuned = bool(recipe.tune_ranges) and (tunable or target.costs is None)
+        spent = recipe.high_precision is not None and (tuned or (tunable and recipe.divides_by_statistics))
+        hint = "leave it out: it is spent with --tune-ranges, where a tensor may have more than 8 bits."
         require(bool(spent) or recipe.float_budget == 0, f"{told} with these options", hint)
     if recipe.saturation_safe is not None:
         option = "--saturation-safe" if recipe.saturation_safe else "--no-saturation-safe"
@@ -200,9 +204,6 @@ def check_data(recipe: Recipe, data: DataOptions) -> None:
     )
     if recipe.stats is None or data.paths:
         return
-    chosen = recipe.candidate_activation_bits or ()
-    fact = f"--candidate-activation-bits {format_bits(chosen)} with --stats alone"
-    require(len(chosen) < 2, fact, "pass pictures, too, with --calib: what 8 bits lose is measured on them.")
     hint = "it looks at pictures again: pass some with --calib."
     require(recipe.rounding == "nearest", f"--rounding {recipe.rounding} with --stats alone", hint)
     require(recipe.bias_correction != "sequential", "--bias-correction sequential with --stats alone", hint)
@@ -223,7 +224,7 @@ class Recipe:
     for the bits of each layer's weights, see `mixed`: the cheapest that keep the drop, the best of so large a share of
     float's size. candidate_bits: those to choose from, 32 for float; None without a search.
     candidate_activation_bits: those that a tensor may have in place of 8 where these lose too much, 32 for float; None
-    for 8 and float. save_layer_bits: file to
+    for what `high_precision` says. save_layer_bits: file to
     write what was found into. bit_allocation: whose channels get bits of their own, those of the layer or tensor on
     average, see `allocation`. bias_correction: by which means of what layers read the bias takes back what rounding the
     weights does to means: those on the pictures, in the float network (measured) or behind layers that are quantized
@@ -238,7 +239,8 @@ class Recipe:
     pictures, unless effort is fast or a calibrator is given; it is never None afterwards. rounding: None for
     second-order, or nearest where no pictures are looked at again; it is never None after `with_data`, and before that
     only with `stats`. float_budget: the share of the time
-    that may be spent on float where most of the noise comes from; None for FLOAT_BUDGET. tune_latency: place layers by
+    that may be spent on float where most of the noise comes from; None for FLOAT_BUDGET. For targets without costs, the
+    share of activations that may have more than 8 bits; None for PRECISE_SHARE. tune_latency: place layers by
     times that are measured on this machine, see `tune`. embed_preprocessing: the layout of the uint8 pixels that the
     result takes and normalises by itself; None: it takes what the float network takes. data_free: no picture is looked
     at, BatchNormalization tells what tensors are like, see `told`. fallback: made-up
@@ -377,11 +379,16 @@ class Recipe:
     def high_precision(self) -> int | None:
         """What a tensor gets where 8 bits lose too much: WIDE_BITS, or FLOAT_BITS; None where 8 bits it is.
 
-        Of both, 16 bits. Unasked it is float: 16 bits take opset 21, which many runtimes do not read.
+        Of both, 16 bits. Unasked it is float, as 16 bits take opset 21: where the target has costs or a budget is
+        given, and `layer_bits` do not say already which nodes have more than 8.
         """
         if self.activation_bits != 8:
             return None
-        chosen = (8, FLOAT_BITS) if self.candidate_activation_bits is None else self.candidate_activation_bits
+        chosen = self.candidate_activation_bits
+        if chosen is None:
+            known = TARGETS[self.target].costs is not None or bool(self.float_budget)
+            divided = any(bits.activations in (WIDE_BITS, FLOAT_BITS) for _, bits in self.layer_bits)
+            chosen = (8, FLOAT_BITS) if known and not divided else (8,)
         return next((bits for bits in (WIDE_BITS, FLOAT_BITS) if bits in chosen), None)
 
     @property
@@ -465,9 +472,8 @@ class Recipe:
 
     def _check_search(self) -> None:
         if not self.searches:
-            for name in ("candidate_bits", "save_layer_bits"):
-                fact = f"{option_name(name)} without a search"
-                require(getattr(self, name) is None, fact, "pass --max-drop or --target-size as well.")
+            fact = "--candidate-bits without a search"
+            require(self.candidate_bits is None, fact, "pass --max-drop or --target-size as well.")
             return
         hint = "leave it out: a search chooses from --candidate-bits."
         require(self.weight_bits == 8, f"--weight-bits {self.weight_bits} with a search for bits", hint)

@@ -128,12 +128,12 @@ def give_readers_copies(model: Model, plan: Plan, sketches: Mapping[str, Sketch]
             continue
         changes += describe(found)
         if sketches:
-            sketches = {**sketches, **{copy: _find_sketch(plan, name, sketches) for name, copy in found.items()}}
+            sketches = {**sketches, **{copy: find_sketch(plan, name, sketches) for name, copy in found.items()}}
         plan = replan(plan, model)
     return CopiedReaders(plan, sketches, changes)
 
 
-def _find_sketch(plan: Plan, name: str, sketches: Mapping[str, Sketch]) -> Sketch:
+def find_sketch(plan: Plan, name: str, sketches: Mapping[str, Sketch]) -> Sketch:
     """The sketch of a quantized tensor; of one that only holds what others do, that of these together."""
     if name in sketches:
         return sketches[name]

@@ -1,4 +1,5 @@
-"""These checks warn of options without effect and of odd tensors, and refuse unsafe places and models without layers.
+"""These checks warn of options without effect and of odd tensors, refuse unsafe places and models without layers, and
+run the written file.
 
 An odd tensor is all zero, constant or vanishingly small on the calibration data: it may differ on other images, and
 then its range is a matter of luck.
@@ -9,24 +10,32 @@ from __future__ import annotations
 import fnmatch
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from qconv import storage
+from qconv.auditing.audit import PlannedReasons, audit, profile_nodes
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import PACKED_BITS, option_name
 from qconv.config.recipe import Recipe
+from qconv.config.targets import Target
+from qconv.data.loader import DataLoader
 from qconv.errors import QconvError, Skipped, format_some
+from qconv.ir import files
 from qconv.ir.data_shapes import find_data_dependent
 from qconv.ir.files import Source
 from qconv.ir.model import Model, dims
+from qconv.metrics.comparison import verify
+from qconv.pipeline.collect import CalibrationData
 from qconv.planning.plan import Plan
 from qconv.planning.planner import KEPT_FLOAT_BY_OPTION, is_quantizable_layer
 from qconv.quantizer import SMALLEST_SCALE
 from qconv.reporter import Reporter
-from qconv.results.quantize import Audit, Verification
+from qconv.results.quantize import Audit, OutputScore, Verification
 from qconv.results.scores import AGREEMENT, BOXES
+from qconv.runtime.session import Session
 from qconv.search.candidate import QuantizationSolution
 
 
@@ -209,3 +218,41 @@ def warn_of_result(checked: Verification, sizes: tuple[int, int], advice: str, r
     before, after = sizes
     if after > before:
         reporter.warn(f"the quantized model is larger than the float one: {after:,} bytes for {before:,}.")
+
+
+def audit_staged(staged: files.StagedModel, model: Model, known: PlannedReasons, feed: DataLoader | None) -> Audit:
+    """What the runtime makes of the written file, and what that costs on one picture, with one thread."""
+    with storage.scratch_folder(2 * staged.size) as folder:
+        optimized = folder / "optimized.onnx"
+        session = Session(
+            str(staged.path),
+            name="the quantized model",
+            threads=1,
+            save_optimized=optimized,
+            profile=folder / "profile",
+        )
+        feeds = None if feed is None else next(iter(feed.iter_cached("verify")), None)
+        return audit(optimized, model, known, None if feeds is None else profile_nodes(session, feeds))
+
+
+def verify_staged(
+    staged: files.StagedModel, original: Session, recipe: Recipe, pictures: CalibrationData, target: Target
+) -> Verification:
+    """The written file, before it gets its name, against the float model's outputs.
+
+    For another runtime it is run node by node, as the standard defines it, and its time tells nothing. On made-up
+    pictures it is run to see that it gives numbers; how near these are tells nothing, either.
+    """
+    feed = pictures.runnable_loader
+    if feed is None:
+        return Verification(0, ())
+    quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads, optimize=target.on_ort)
+    whole = recipe.is_gated or pictures.labels is not None
+    batches = feed.iter_batches("verify") if whole else feed.iter_first("verify")
+    found = verify(original, quantized, batches, feed.as_float, pictures.labelled_batches(feed))
+    if pictures.data_free_statistics is not None:
+        odd = (OutputScore(o.name, (), o.remark, o.kind) for o in found.outputs if o.remark)
+        found = Verification(0, tuple(odd), found.slowdown, found.slowdown_range)
+    # a network with a batch of its own may have seen some twice
+    found = replace(found, images=min(found.images, feed.pictures), held_back=pictures.held is not None)
+    return found if target.on_ort else replace(found, slowdown=None, slowdown_range=None)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import qconv
 from qconv import storage
-from qconv.auditing.audit import PlannedReasons, audit, profile_nodes
+from qconv.auditing.audit import PlannedReasons
 from qconv.calibration.range_estimators import Range
 from qconv.calibration.sketch import Sketch
 from qconv.config.data_options import DataOptions
@@ -25,7 +25,7 @@ from qconv.ir.files import Source
 from qconv.ir.metadata import needed_runtime, write_metadata
 from qconv.ir.model import Model
 from qconv.ir.original import open_original
-from qconv.metrics.comparison import describe_differing_runs, verify
+from qconv.metrics.comparison import describe_differing_runs
 from qconv.metrics.demands import check_gates, require_extras
 from qconv.metrics.labelled import tell_of_misfit
 from qconv.metrics.network_outputs import NetworkOutputs
@@ -34,9 +34,11 @@ from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import give_readers_copies
 from qconv.pipeline.checks import (
     advise,
+    audit_staged,
     find_odd_tensors,
     find_tensors_of_pictures,
     places_of,
+    verify_staged,
     warn_of_result,
     warn_of_uncorrected_biases,
     warn_of_vain_keep_float,
@@ -53,7 +55,7 @@ from qconv.quantization.parameters import make_tensor_rows
 from qconv.reporter import Reporter
 from qconv.results.float_share import FloatShare
 from qconv.results.precision import PrecisionReport
-from qconv.results.quantize import Audit, MixedPrecision, OutputFact, OutputScore, Report, TensorRow, Verification
+from qconv.results.quantize import Audit, MixedPrecision, OutputFact, Report, TensorRow, Verification
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
 from qconv.search.candidate import (
@@ -63,11 +65,12 @@ from qconv.search.candidate import (
     round_second_order_in_place,
     round_to_nearest,
 )
+from qconv.search.division import found_bits
 from qconv.search.gate_check import GateCheck
 from qconv.search.latency import tune_latency
 from qconv.search.local_noise import divide_by_statistics
 from qconv.search.mixed_precision import check_target_size, predict_recipe, search_bits
-from qconv.search.precision_choice import HoldsGates
+from qconv.search.precision_choice import DivisionCurve, HoldsGates
 from qconv.search.tuned_ranges import tune_ranges
 
 EQUALIZATION_IMAGES = 64
@@ -116,7 +119,7 @@ def quantize(
     with files.stage_model(run.model, place) as staged:
         checked, audited = run.check(staged, solution.plan)
         size, result = staged.size, staged.path.read_bytes() if place is None else None
-        run.save_side_files()
+        run.save_side_files(solution.plan)
         if place is not None:
             staged.commit(place)
     run.clock.seconds["total"] = time.perf_counter() - started
@@ -140,7 +143,8 @@ class _QuantizationRun:
         outputs: What the outputs of the float model hold.
         advice: Ends the warning of a poor result.
         in_float: Shares of work and of weights that stay in float, once it is known which do.
-        precision: The curve that the division between integers and float was chosen on.
+        precision: The curve that the division between integers and more precision was chosen on.
+        curve: The divisions themselves, for a search that needs another.
     """
 
     source: Source
@@ -159,6 +163,7 @@ class _QuantizationRun:
     advice: str = ""
     in_float: tuple[float, float] = (0.0, 0.0)
     precision: PrecisionReport | None = None
+    curve: DivisionCurve | None = None
 
     @classmethod
     def of(
@@ -260,17 +265,11 @@ class _QuantizationRun:
         with self.clock.step("ranges"):
             folded = FoldedNetwork(self.model, self.plan, self.sketches, self.set_ranges)
             fed, parts = pictures.model_preprocessing, self._network.parts
-            if recipe.tune_ranges:
-                tuned = tune_ranges(folded, recipe, pictures.feed, fed, parts, self.reporter, self._gate_check)
-                folded, findings, self.precision = tuned.folded, tuned.findings, tuned.precision
-            else:
-                division = divide_by_statistics(
-                    folded, recipe, pictures.feed, fed, parts, self.reporter, self._gate_check
-                )
-                findings, self.precision = division.findings, division.report
-                folded = replace(folded, plan=replan(folded.plan, folded.model, floats=division.floats))
-            self.plan, self.set_ranges = folded.plan, folded.set_ranges
-            self.findings += findings
+            step = tune_ranges if recipe.tune_ranges else divide_by_statistics
+            tuned = step(folded, recipe, pictures.feed, fed, parts, self.reporter, self._gate_check)
+            self._take_over(tuned.folded)
+            self.findings += tuned.findings
+            self.precision, self.curve = tuned.precision, tuned.curve
 
     @property
     def _gate_check(self) -> HoldsGates | None:
@@ -279,6 +278,15 @@ class _QuantizationRun:
             return None
         original = open_original(self.source, self.recipe.threads, self.pictures.data.tasks)
         return GateCheck(self.recipe, original, self.pictures.feed, self.pictures.labels, self.reporter).holds
+
+    def _take_over(self, folded: FoldedNetwork) -> None:
+        """Go on with a network that was divided."""
+        self.model, self.plan, self.sketches, self.set_ranges = (
+            folded.model,
+            folded.plan,
+            folded.sketches,
+            folded.set_ranges,
+        )
 
     def choose_numbers(self) -> tuple[QuantizationSolution, MixedPrecision | None]:
         """Find all numbers that are written, and the bits of layers before that, where they are searched for."""
@@ -296,8 +304,12 @@ class _QuantizationRun:
                     self._network.parts,
                     self.pictures.labels,
                 )
-                searched = search_bits(context, self.reporter)
+                searched = search_bits(context, self.reporter, self.curve)
                 self.recipe, mixed, solution = searched.recipe, searched.report, searched.solution
+                self._take_over(searched.folded)
+                if searched.division is not None:
+                    self.precision = searched.division.report
+                    self.findings += searched.division.findings
         else:
             solution = self._round(folded)
         self.findings += solution.findings
@@ -349,10 +361,10 @@ class _QuantizationRun:
         pictures = self.pictures
         with self.clock.step("verify"):
             files.check_staged_model(staged)
-            audited = _audit_staged(staged, self.model, PlannedReasons.of(plan), pictures.runnable_loader)
+            audited = audit_staged(staged, self.model, PlannedReasons.of(plan), pictures.runnable_loader)
             original = open_original(self.source, self.recipe.threads, pictures.data.tasks)
             self.outputs = tuple(output.fact for output in self._network.outputs)
-            checked = _verify_staged(staged, original, self.recipe, pictures, self.target)
+            checked = verify_staged(staged, original, self.recipe, pictures, self.target)
             if pictures.labels is not None:
                 pictures.labels.finish(self.reporter.warn)
                 if checked.labelled is not None:
@@ -373,13 +385,13 @@ class _QuantizationRun:
             if differing:
                 self.reporter.warn(differing)
 
-    def save_side_files(self) -> None:
-        """Write the statistics and the bits of layers, where they are asked for."""
+    def save_side_files(self, plan: Plan) -> None:
+        """Write the statistics and the bits of layers, where they are asked for. plan: of what was written."""
         recipe = self.recipe
         if recipe.save_stats is not None:
             self.pictures.save_statistics(self.saved, self.source, Path(recipe.save_stats))
         if recipe.save_layer_bits is not None:
-            storage.write_atomically(Path(recipe.save_layer_bits), format_layer_bits(recipe.layer_bits).encode())
+            storage.write_atomically(Path(recipe.save_layer_bits), format_layer_bits(found_bits(recipe, plan)).encode())
 
     def report(
         self,
@@ -419,41 +431,3 @@ class _QuantizationRun:
             precision=self.precision,
             in_float=FloatShare(audited.float, audited.integer + audited.float, *self.in_float),
         )
-
-
-def _audit_staged(staged: files.StagedModel, model: Model, known: PlannedReasons, feed: DataLoader | None) -> Audit:
-    """What the runtime makes of the written file, and what that costs on one picture, with one thread."""
-    with storage.scratch_folder(2 * staged.size) as folder:
-        optimized = folder / "optimized.onnx"
-        session = Session(
-            str(staged.path),
-            name="the quantized model",
-            threads=1,
-            save_optimized=optimized,
-            profile=folder / "profile",
-        )
-        feeds = None if feed is None else next(iter(feed.iter_cached("verify")), None)
-        return audit(optimized, model, known, None if feeds is None else profile_nodes(session, feeds))
-
-
-def _verify_staged(
-    staged: files.StagedModel, original: Session, recipe: Recipe, pictures: CalibrationData, target: Target
-) -> Verification:
-    """The written file, before it gets its name, against the float model's outputs.
-
-    For another runtime it is run node by node, as the standard defines it, and its time tells nothing. On made-up
-    pictures it is run to see that it gives numbers; how near these are tells nothing, either.
-    """
-    feed = pictures.runnable_loader
-    if feed is None:
-        return Verification(0, ())
-    quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads, optimize=target.on_ort)
-    whole = recipe.is_gated or pictures.labels is not None
-    batches = feed.iter_batches("verify") if whole else feed.iter_first("verify")
-    found = verify(original, quantized, batches, feed.as_float, pictures.labelled_batches(feed))
-    if pictures.data_free_statistics is not None:
-        odd = (OutputScore(o.name, (), o.remark, o.kind) for o in found.outputs if o.remark)
-        found = Verification(0, tuple(odd), found.slowdown, found.slowdown_range)
-    # a network with a batch of its own may have seen some twice
-    found = replace(found, images=min(found.images, feed.pictures), held_back=pictures.held is not None)
-    return found if target.on_ort else replace(found, slowdown=None, slowdown_range=None)

@@ -15,7 +15,7 @@ where it gains enough to trust the table with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -55,8 +55,8 @@ SILU_SHARE = 0.85
 """Time of x * Sigmoid(x) in float over that of Sigmoid and Mul: ONNX Runtime 1.32 makes one operator of both."""
 
 CONVERSION_FACTOR = 2.5
-"""Time of conversions in networks with gates over that between two convolutions, which the table has: in EfficientNet-B0
-with 38 of them 2.7, measured on ONNX Runtime 1.32."""
+"""Time of conversions among operators of all kinds over that between two convolutions, which the table has: in
+EfficientNet-B0 with 38 of them 2.7, measured on ONNX Runtime 1.32."""
 
 NCHW_KINDS = {"MaxPool": "max_pool_nchw", "Transpose": "transpose_nchw"}
 """Operators whose time in integers hangs on the layout of the codes that they read, and their lines for NCHW."""
@@ -207,18 +207,7 @@ class PlacementProblem:
         known = measured or {}
         costs = {node: known.get(node.name or "") or look_up_cost(node, shapes, table) for node in plan.integer}
         pairs = [*_settle_layouts(plan, shapes, table, costs), *_join_gates(model, costs)]
-        fused = set(plan.absorbed.values())
-        made: list[tuple[Value, Node | None]] = [(value, None) for value in model.graph.inputs]
-        made += [(value, node) for node in model.nodes() for value in node.outputs]
-        tensors = []
-        for value, producer in made:
-            if producer in fused:
-                continue  # between a layer and the activation that it is one with
-            producer = producer if producer is None else plan.absorbed.get(producer, producer)
-            readers = [node for node in model.readers(value) if _reads_data(node, value)]
-            outside = (None,) if value.is_graph_output() else ()
-            codes = value in plan.given and producer not in costs
-            tensors.append(TensorCost(value, producer, (*readers, *outside), _switch_cost(value, shapes, table), codes))
+        tensors = find_tensor_costs(model, plan, costs, lambda value: _switch_cost(value, shapes, table))
         return cls(costs, tensors, pairs)
 
     def cautious(self) -> PlacementProblem:
@@ -288,6 +277,25 @@ class PlacementProblem:
                 network.edge(vertices[reader], numbers, math.inf)
             else:
                 network.edge(network.source, numbers, math.inf)
+
+
+def find_tensor_costs(
+    model: Model, plan: Plan, costs: Collection[Node], switch: Callable[[Value], float]
+) -> list[TensorCost]:
+    """The tensors that may be converted. costs: the nodes that can change. switch: the cost of converting a tensor."""
+    fused = set(plan.absorbed.values())
+    made: list[tuple[Value, Node | None]] = [(value, None) for value in model.graph.inputs]
+    made += [(value, node) for node in model.nodes() for value in node.outputs]
+    tensors = []
+    for value, producer in made:
+        if producer in fused:
+            continue  # between a layer and the activation that it is one with
+        producer = producer if producer is None else plan.absorbed.get(producer, producer)
+        readers = [node for node in model.readers(value) if _reads_data(node, value)]
+        outside = (None,) if value.is_graph_output() else ()
+        codes = value in plan.given and producer not in costs
+        tensors.append(TensorCost(value, producer, (*readers, *outside), switch(value), codes))
+    return tensors
 
 
 def _settle_layouts(

@@ -145,7 +145,12 @@ class PrecisionProblem:
 
 
 def find_rounding_nodes(model: Model, plan: Plan, members: Sequence[Value]) -> set[Node]:
-    """The nodes of a plan that write some tensors, or read them, on codes; the layer where it absorbs an activation."""
+    """The nodes of a plan that write some tensors, or read them, on codes; the layer where it absorbs an activation.
+
+    Of a plan with quantizers in front of readers alone, these readers.
+    """
+    if plan.reads is not None:
+        return {node for value in members for node in plan.reads.get(value, ())}
     found: set[Node] = set()
     for value in members:
         made = value.producer()

@@ -8,7 +8,6 @@ Identity that makes a copy is of no kind, and what it writes has the bits of who
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from math import prod
 
 from qconv.config.choices import WIDE_BITS
@@ -16,6 +15,7 @@ from qconv.ir.model import Model, Node, Value, constant_array
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
 from qconv.planning.plan import Plan, data_inputs
 from qconv.quantizer import QuantSpec
+from qconv.results.precision import PreciseShare
 
 COPY = "Identity"
 """The operator that carries a second pair of quantizer and dequantizer."""
@@ -62,26 +62,25 @@ def specify_constants(plan: Plan, nodes: Iterable[Node], *, symmetric: bool) -> 
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class WideShare:
-    """How much of a network's activations has 16 bits, of all that are quantized. Copies count as tensors.
+def measure_precise_share(plan: Plan, whole: Plan, shapes: Mapping[str, tuple[int, ...]]) -> PreciseShare:
+    """The activations of a plan with 16 bits, and those in float that are quantized in another.
 
-    tensors: share of their number. elements: share of their elements in one run.
+    whole: the plan of the undivided network. shapes: of all tensors, for one run; without one a tensor counts as one
+    element.
     """
-
-    tensors: float
-    elements: float
-
-
-def measure_wide_share(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> WideShare:
-    """The share of a plan's quantized activations that has 16 bits. shapes: of all tensors, for one run.
-
-    Tensors without a known shape count as one element. Zero where nothing is quantized.
-    """
-    sizes = {value: prod(shapes.get(value.name or "", ())) for value in plan.activations}
+    quantized = {value.name for value in plan.activations}
+    floats = [value for value in whole.activations if value.name not in quantized]
     wide = [value for value, choice in plan.activations.items() if choice.spec and choice.spec.bits == WIDE_BITS]
-    return WideShare(len(wide) / max(1, len(sizes)), _sum(sizes, wide) / max(1, _sum(sizes, sizes)))
+    elements = {value: prod(shapes.get(_shaped_like(value).name or "", ())) for value in (*plan.activations, *floats)}
+    precise = [*wide, *floats]
+    share = sum(elements[value] for value in precise) / max(1, sum(elements.values()))
+    return PreciseShare(len(precise), len(elements), share)
 
 
-def _sum(sizes: Mapping[Value, int], values: Iterable[Value]) -> int:
-    return sum(sizes[value] for value in values)
+def _shaped_like(value: Value) -> Value:
+    """The tensor of the undivided network that a copy is of."""
+    maker = value.producer()
+    while maker is not None and maker.op_type == COPY and maker.inputs[0] is not None:
+        value = maker.inputs[0]
+        maker = value.producer()
+    return value

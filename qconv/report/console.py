@@ -126,6 +126,7 @@ def _summary_lines(report: Report) -> list[tuple[str, str]]:
     lines += [("changed", text) for text in _change_lines(report)][:MOST_LINES]
     lines += [("tuned", escape(c.what)) for c in report.findings if isinstance(c, Change) and _is_tuning_finding(c)]
     lines += _mixed_precision_lines(report.mixed)
+    lines += _precise_activation_lines(report.precision)
     lines += _execution_lines(report)
     lines += [("left alone", text) for text in _skipped_lines(report)]
     lines.append(("needs", f"{report.needs} (opset {report.opset}, IR {report.ir_version})"))
@@ -156,6 +157,17 @@ def _mixed_precision_lines(found: MixedPrecision | None) -> list[tuple[str, str]
             told = ", ".join(_format_measured(score, point.modelled_sqnr_db) for score in point.scores)
             lines.append(("", f"size {point.size:.3f}: {told}{'; taken' if point.chosen else ''}"))
     return lines
+
+
+def _precise_activation_lines(found: PrecisionReport | None) -> list[tuple[str, str]]:
+    """Describe the activations with more than 8 bits, where their share was bounded."""
+    if found is None or found.share is None:
+        return []
+    count, of = found.share.count, format_count(found.share.of, "tensor")
+    if not count:
+        return [("bits", "activations: all in 8 bits")]
+    told = f"{count} of {of} ({found.share.elements:.0%} of their elements) {found.kind}"
+    return [("bits", f"activations: {told} for {FOR_ACCURACY}: {found.gained_db:.1f} dB")]
 
 
 def _format_measured(score: Score, modelled_sqnr_db: float | None) -> str:
@@ -244,10 +256,13 @@ def _precision_lines(found: PrecisionReport | None) -> list[str]:
     if found is None:
         return []
     title = "precision".ljust(TITLE_WIDTH)
-    lines = [f"{title}divisions, their times over that of all integers; all in float {found.float_time:.3f}:"]
+    by_time = found.share is None
+    cost = "times over that of all integers" if by_time else "reads and writes over those of all in 8 bits"
+    lines = [f"{title}divisions, their {cost}; all {found.kind} {found.float_time:.3f}:"]
     for point in found.points:
         measured = "" if point.measured_db is None else f", measured {point.measured_db:.1f}"
-        told = f"time {point.time:.3f}, {format_count(point.nodes, 'node')} in float, {point.corrected_db:.1f} dB"
+        nodes = f"{format_count(point.nodes, 'node')} {found.kind}"
+        told = f"{'time' if by_time else 'traffic'} {point.time:.3f}, {nodes}, {point.corrected_db:.1f} dB"
         own = f" (by noises alone {point.predicted_db:.1f}{measured})"
         lines.append(f"{title}{told}{own}{'; taken' if point.chosen else ''}")
     return lines

@@ -5,8 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qconv.config.choices import FLOAT_BITS
+
 FOR_ACCURACY = "accuracy"
 """What the reason of a node begins with that is in float for accuracy."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreciseShare:
+    """How many of a network's activations have more than 8 bits. Copies for readers of other bits count as tensors.
+
+    Attributes:
+        count: Tensors with more than 8 bits.
+        of: All that are quantized, or would be in 8 bits.
+        elements: Share of their elements in one run.
+    """
+
+    count: int
+    of: int
+    elements: float
+
+    @property
+    def tensors(self) -> float:
+        """Share of the number of tensors."""
+        return self.count / max(1, self.of)
+
+    def is_within(self, budget: float) -> bool:
+        """Whether both shares are no more than that."""
+        return max(self.tensors, self.elements) <= budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +40,7 @@ class PrecisionPoint:
     """A division of a network between integers and more precision.
 
     Attributes:
-        time: Predicted, over that of all in integers.
+        time: Predicted, over that of all in integers; what is read and written where times are not known.
         predicted_db: SQNR at the outputs in dB, by the noises of tensors alone.
         corrected_db: The same, as what was measured of other points tells.
         measured_db: On pictures apart; None where it was not measured.
@@ -43,12 +69,29 @@ class PrecisionReport:
         float_time: The time of all in float, over that of all in integers.
         pictures: That points were measured on.
         apart: Whether nothing else was chosen on these.
+        bits: What tensors have in place of 8; 32 for float.
+        share: The activations that have them, where that is what was bounded, and not the time.
     """
 
     points: tuple[PrecisionPoint, ...]
     float_time: float
     pictures: int
     apart: bool
+    bits: int = FLOAT_BITS
+    share: PreciseShare | None = None
+
+    @property
+    def kind(self) -> str:
+        """What tensors have in place of 8 bits, in words."""
+        return "in float" if self.bits == FLOAT_BITS else f"in {self.bits} bits"
+
+    @property
+    def why(self) -> str:
+        """Why nodes have more than 8 bits: what that gains, and takes."""
+        gain = f"{FOR_ACCURACY}: {self.gained_db:.1f} dB"
+        if self.share is None:
+            return f"{gain} for {self.spent:.0%} of the time"
+        return f"{gain} for {self.share.elements:.0%} of the activations {self.kind}"
 
     @property
     def chosen(self) -> PrecisionPoint:
@@ -72,5 +115,7 @@ class PrecisionReport:
             "float_time": self.float_time,
             "pictures": self.pictures,
             "apart": self.apart,
+            "bits": self.bits,
+            "share": None if self.share is None else {name: getattr(self.share, name) for name in self.share.__slots__},
             "points": [point.as_dict() for point in self.points],
         }

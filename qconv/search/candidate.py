@@ -180,6 +180,10 @@ class CandidateScorer:
         )
         return cls(context, names, feeds, reporter, scored, flattered)
 
+    def of_network(self, folded: FoldedNetwork, reporter: Reporter) -> CandidateScorer:
+        """The scorer of the same network otherwise divided; nothing of it has been measured yet."""
+        return replace(self, context=replace(self.context, folded=folded), reporter=reporter, seen={}, solutions={})
+
     @property
     def pictures(self) -> int:
         """The number of images that candidates are scored on."""

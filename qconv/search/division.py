@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from qconv.calibration.sketch import Sketch
 from qconv.config.choices import FLOAT_BITS, WIDE_BITS, LayerBits
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import escape_glob
-from qconv.passes.requantize import give_readers_copies
+from qconv.passes.requantize import find_sketch, give_readers_copies
+from qconv.planning.plan import Plan
 from qconv.planning.planner import replan
 from qconv.search.candidate import FoldedNetwork
 
@@ -21,19 +23,36 @@ def divide(folded: FoldedNetwork, *, floats: Mapping[str, str], wide: Mapping[st
     """
     model = folded.model.copy()
     plan = replan(folded.plan, model, floats=floats, wide=wide)
-    copied = give_readers_copies(model, plan, folded.sketches)
+    copied = give_readers_copies(model, plan, _with_unseen(plan, folded))
     before = {value.name: choice.spec for value, choice in folded.plan.activations.items()}
     changed = {value.name for value, choice in copied.plan.activations.items() if before.get(value.name) != choice.spec}
     ranges = {name: known for name, known in folded.set_ranges.items() if name not in changed}
     return FoldedNetwork(model, copied.plan, copied.sketches, ranges)
 
 
+def _with_unseen(plan: Plan, folded: FoldedNetwork) -> dict[str, Sketch]:
+    """The sketches, and those of tensors that only held what others do, as of a Concat that is in float now."""
+    groups = plan.group_of().items()
+    seen = folded.sketches.keys() | {value.name for value in plan.given}
+    unseen = [value.name or "" for value, group in groups if not any(one.name in seen for one in group)]
+    own = {name: find_sketch(folded.plan, name, folded.sketches) for name in unseen}
+    return {**folded.sketches, **own}
+
+
 def with_division(recipe: Recipe, wide: Iterable[str], floats: Iterable[str]) -> Recipe:
     """The recipe that redoes a division: nodes of these names on 16 bits and in float, and no others but by its rules.
 
     Weights keep the bits that the recipe gives them: a layer in float has its weights as codes, as one that is faster
-    there.
+    there; one that is all in float stays so.
     """
     bits = {**dict.fromkeys(wide, WIDE_BITS), **dict.fromkeys(floats, FLOAT_BITS)}
-    own = ((escape_glob(name), LayerBits(recipe.bits_of(name).weights, wish)) for name, wish in sorted(bits.items()))
-    return replace(recipe, layer_bits=(*own, *recipe.layer_bits), candidate_activation_bits=(8,))
+    known = {name: recipe.bits_of(name) for name in sorted(bits)}
+    own = {escape_glob(name): LayerBits(of.weights, bits[name]) for name, of in known.items() if not of.in_float}
+    rest = (line for line in recipe.layer_bits if line[0] not in own)
+    return replace(recipe, layer_bits=(*own.items(), *rest), candidate_activation_bits=(8,), float_budget=None)
+
+
+def found_bits(recipe: Recipe, plan: Plan) -> tuple[tuple[str, LayerBits], ...]:
+    """What `--layer-bits` has to say for a recipe to give this plan; the bits of all weights where that is nothing."""
+    found = with_division(recipe, plan.wide, plan.floats).layer_bits
+    return found or tuple((escape_glob(layer.node.name or ""), LayerBits(layer.weight.bits)) for layer in plan.layers)

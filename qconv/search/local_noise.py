@@ -24,8 +24,10 @@ from qconv.quantizer import QuantParams
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 from qconv.search.candidate import FoldedNetwork
+from qconv.search.division import divide
 from qconv.search.loudest_images import STEP, PickedImages
-from qconv.search.precision_choice import ChosenDivision, HoldsGates, choose_division
+from qconv.search.precision_choice import HoldsGates, choose_division
+from qconv.search.tuned_ranges import TunedRanges
 
 IMAGES = 8
 """Images that divisions are measured on."""
@@ -39,18 +41,20 @@ def divide_by_statistics(
     parts: Parts,
     reporter: Reporter,
     holds_gates: HoldsGates | None = None,
-) -> ChosenDivision:
-    """Choose the nodes that stay in float. Arguments as for `search.tuned_ranges.tune_ranges`."""
+) -> TunedRanges:
+    """Leave in float what is worth its time, with ranges as they are. Arguments as for `search.tuned_ranges`."""
     names = [value.name or "" for value in find_judged_tensors(folded.model)]
     if not names:
-        return ChosenDivision(folded.plan.floats)
+        return TunedRanges(folded, [])
     feeds = feed.take(IMAGES, STEP)
     with runnable_with_outputs(folded.model, names) as runnable:
         session = Session(runnable, name="the folded float model", threads=recipe.threads)
     images = PickedImages(feeds, [1.0] * len(feeds), [session.run(names, batch) for batch in feeds])
     parts = add_selected_parts(parts, folded.model)
     noises = estimate_noises(folded, recipe)
-    return choose_division(folded, recipe, fed, noises, names, images, parts, reporter, holds_gates)
+    found = choose_division(folded, recipe, fed, noises, names, images, parts, reporter, holds_gates)
+    divided = divide(folded, floats=found.floats, wide=found.wide)
+    return TunedRanges(divided, found.findings, found.report, found.curve)
 
 
 def estimate_noises(folded: FoldedNetwork, recipe: Recipe) -> list[TensorNoise]:

@@ -6,11 +6,12 @@ built, run and compared with the float model on calibration images, and ends up 
 second-order rounding, every candidate is rounded so and scored on images that it was not rounded on: the others flatter
 by 3 dB and more at few bits. A drop is found by bisection over the curve, as it falls with size but for chance; the
 smallest candidate that was measured within it is taken. For a given size the last two points are compared, and uniform
-bits unless the model finds them much worse.
+bits unless the model finds them much worse. Where even the most bits of weights miss the drop, activations get more of
+them: the cheapest division of the curve of `search.precision_choice` that keeps it, found by bisection, too.
 
     size = sum over layers of bits * count / (32 * sum over layers of count)
 
-counts codes as if they were packed bit by bit. Biases, and bits of activations, are not searched over.
+counts codes as if they were packed bit by bit. Biases are not searched over.
 """
 
 from __future__ import annotations
@@ -30,7 +31,16 @@ from qconv.planning.planner import is_quantizable_layer, make_plan
 from qconv.quantization.layer_rounding import ROUNDING_EFFORTS, LayerSolver
 from qconv.reporter import Reporter
 from qconv.results.quantize import MixedPrecision, SizePoint
-from qconv.search.candidate import CandidateScorer, Measurement, QuantizationSolution, SearchContext, round_to_nearest
+from qconv.search.candidate import (
+    CandidateScorer,
+    FoldedNetwork,
+    Measurement,
+    QuantizationSolution,
+    SearchContext,
+    round_to_nearest,
+)
+from qconv.search.division import with_division
+from qconv.search.precision_choice import ChosenDivision, DivisionCurve
 from qconv.search.sensitivity import (
     FLOAT_BITS,
     BitAssignment,
@@ -50,11 +60,17 @@ MUCH_WORSE_FACTOR = 2.0
 
 @dataclass(frozen=True, slots=True)
 class MixedPrecisionResult:
-    """The result of a search. recipe: with the `layer_bits` that were found. solution: its plan and parameters."""
+    """The result of a search.
+
+    recipe: with the `layer_bits` that were found. solution: its plan and parameters. folded: the network that they are
+    of. division: taken in place of the one that was chosen before; None where that has remained.
+    """
 
     recipe: Recipe
     report: MixedPrecision
     solution: QuantizationSolution
+    folded: FoldedNetwork
+    division: ChosenDivision | None = None
 
 
 def predict_recipe(model: Model, recipe: Recipe, floats: Mapping[str, str]) -> Recipe:
@@ -97,9 +113,12 @@ def check_target_size(model: Model, recipe: Recipe, floats: Mapping[str, str]) -
         raise QconvError(fact, "add smaller --candidate-bits, lower --edge-bits, or allow a larger size.")
 
 
-def search_bits(context: SearchContext, reporter: Reporter) -> MixedPrecisionResult:
-    """Find the bits of every layer that `--layer-bits` gives none. Raises QconvError where no assignment will do."""
-    recipe = context.recipe
+def search_bits(context: SearchContext, reporter: Reporter, curve: DivisionCurve | None = None) -> MixedPrecisionResult:
+    """Find the bits of every layer that `--layer-bits` gives none. Raises QconvError where no assignment will do.
+
+    curve: divisions that activations may have; None for the one that they have.
+    """
+    recipe, division = context.recipe, None
     scope = _SearchSpace.of(context.folded.model, recipe, context.folded.plan.floats)
     if not scope.candidate_bits:
         raise QconvError(
@@ -117,6 +136,9 @@ def search_bits(context: SearchContext, reporter: Reporter) -> MixedPrecisionRes
     if recipe.max_drop is None:
         points, chosen = _choose_best(judge, _find_uniform_assignment(layers, most), points)
     else:
+        judge.expected = 1 + len(points).bit_length()
+        if curve is not None and not judge.holds(points, len(points) - 1, recipe.max_drop):
+            judge, division = _find_division_within_drop(judge, points, recipe.max_drop, curve)
         chosen = _find_smallest_within_drop(judge, points, recipe.max_drop)
     report = MixedPrecision(
         _describe_bits(recipe),
@@ -128,7 +150,10 @@ def search_bits(context: SearchContext, reporter: Reporter) -> MixedPrecisionRes
             for index, point in enumerate(points)
         ),
     )
-    return MixedPrecisionResult(judge.recipe_of(points[chosen]), report, judge.solutions[chosen])
+    folded, found = judge.context.folded, judge.recipe_of(points[chosen])
+    if division is not None:
+        found = with_division(found, folded.plan.wide, folded.plan.floats)
+    return MixedPrecisionResult(found, report, judge.solutions[chosen], folded, division)
 
 
 def _warn_of_few_images(judge: CandidateScorer, drop: Drop | None, reporter: Reporter) -> None:
@@ -262,14 +287,38 @@ def _find_uniform_assignment(layers: Sequence[LayerSensitivity], size: int) -> B
     return found
 
 
+def _find_division_within_drop(
+    judge: CandidateScorer, points: Sequence[BitAssignment], drop: Drop, curve: DivisionCurve
+) -> tuple[CandidateScorer, ChosenDivision | None]:
+    """Find the cheapest division that keeps the drop with the most bits, with a scorer of it; the last if none does."""
+    dearer = curve.find_dearer()
+    found = judge
+
+    def holds(index: int) -> bool:
+        nonlocal found
+        tried = judge.of_network(curve.carry_out(index), Reporter())
+        held = tried.holds(points, len(points) - 1, drop)
+        if held or index == dearer[-1]:
+            found = replace(tried, reporter=judge.reporter)
+        return held
+
+    if not dearer or not holds(dearer[-1]):
+        return found, None
+    low, high = curve.chosen, dearer[-1]
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return found, curve.take(high)
+
+
 def _find_smallest_within_drop(judge: CandidateScorer, points: Sequence[BitAssignment], drop: Drop) -> int:
     """Find the smallest point within the drop by bisection; the point that is returned was measured."""
-    judge.expected = 1 + len(points).bit_length()
     low, high = -1, len(points) - 1
     if not judge.holds(points, high, drop):
         got = judge.in_words(high, drop)
         fact = f"No assignment keeps --max-drop {drop}: with the most bits that are allowed it is {got}."
-        raise QconvError(fact, "allow a larger drop, more --candidate-bits (float, too), or --activation-bits.")
+        more = "more --candidate-bits or --candidate-activation-bits (float, too)"
+        raise QconvError(fact, f"allow a larger drop, {more}, or --activation-bits.")
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if judge.holds(points, middle, drop) else (middle, high)

@@ -2,7 +2,8 @@
 
 Where the fastest division has less than POOR_DB, the fastest one is taken that has ENOUGH_DB, or else the most accurate
 one, that is at most `--float-budget` of the all-integer time slower, and no slower than float; it has to gain
-LEAST_GAIN_DB. Gates that the result has to hold ask for more: then the fastest division of all that holds them.
+LEAST_GAIN_DB. Gates that the result has to hold ask for more: then the fastest division of all that holds them. Where
+times are not known, see `choose_division`.
 
 What a point has is predicted by noises that add up, which orders points. Errors of a network of few outputs correlate,
 though, and those of a poor one do not add up: so points are carried out, with weights rounded to the nearest of 8 bits,
@@ -13,21 +14,23 @@ prediction is off by in dB is taken to be linear in time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from qconv.config.choices import FLOAT_BUDGET
+from qconv.calibration.range_estimators import Range
+from qconv.config.choices import FLOAT_BITS, FLOAT_BUDGET, PRECISE_SHARE, WIDE_BITS
 from qconv.config.data_options import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.errors import Change, Finding, format_some
-from qconv.ir.model import Model
+from qconv.errors import Change, Finding, Skipped, format_some
+from qconv.ir.model import Model, Node
 from qconv.ir.subgraph import runnable_with_outputs
 from qconv.metrics.output_parts import Parts, measure_output_noise
 from qconv.planning.placement import (
     PlacementProblem,
+    Shapes,
     infer_run_shapes,
     is_placement_supported,
     select_cost_table,
@@ -36,11 +39,14 @@ from qconv.planning.placement import (
 from qconv.planning.plan import Plan
 from qconv.planning.planner import replan
 from qconv.planning.precision_curve import Division, PrecisionCurve, PrecisionProblem, TensorNoise
+from qconv.planning.traffic import count_traffic
+from qconv.planning.widths import measure_precise_share
 from qconv.quantization.parameters import choose_ranges
 from qconv.reporter import Reporter
-from qconv.results.precision import FOR_ACCURACY, PrecisionPoint, PrecisionReport
+from qconv.results.precision import PreciseShare, PrecisionPoint, PrecisionReport
 from qconv.runtime.session import Session
 from qconv.search.candidate import FoldedNetwork, build_quantized_model, round_to_nearest
+from qconv.search.division import divide
 from qconv.search.loudest_images import PickedImages
 from qconv.search.range_widths import with_fine_weights
 
@@ -58,11 +64,16 @@ HoldsGates = Callable[[Model], bool]
 
 @dataclass(frozen=True, slots=True)
 class ChosenDivision:
-    """floats: nodes to leave in float, by name, each with the reason. report: None where nothing was looked at."""
+    """The nodes that have more than 8 bits.
+
+    floats, wide: in float and on 16 bits, by name, each with the reason. report, curve: None where there is no choice.
+    """
 
     floats: Mapping[str, str]
+    wide: Mapping[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     report: PrecisionReport | None = None
+    curve: DivisionCurve | None = None
 
 
 def choose_division(
@@ -76,7 +87,12 @@ def choose_division(
     reporter: Reporter,
     holds_gates: HoldsGates | None = None,
 ) -> ChosenDivision:
-    """Choose the nodes that stay in float.
+    """Choose the nodes that get more than 8 bits: float, or what `--candidate-activation-bits` says.
+
+    For a target without a table of costs, where the user asked for it, a division costs what it reads and writes
+    (`planning.traffic`), for want of times. Its limit is the share of activations with more than 8 bits, of their
+    number and of their elements; the most accurate division within it is taken, however much 8 bits have, if it gains
+    LEAST_GAIN_DB.
 
     Args:
         folded: The float network; its plan has in float what is faster there.
@@ -89,66 +105,127 @@ def choose_division(
         reporter: Hears of progress.
         holds_gates: Tells whether a model holds the gates; None where there are none.
     """
-    budget, known = FLOAT_BUDGET if recipe.float_budget is None else recipe.float_budget, folded.plan.floats
-    if not is_placement_supported(recipe, TARGETS[recipe.target]) or not budget or not noises or not apart.feeds:
+    target, known = TARGETS[recipe.target], folded.plan.floats
+    budget = recipe.float_budget
+    if budget is None:
+        budget = PRECISE_SHARE if target.costs is None else FLOAT_BUDGET
+    supported = recipe.high_precision is not None and (target.costs is None or is_placement_supported(recipe, target))
+    if not supported or not budget or not noises or not apart.feeds:
         return ChosenDivision(known)
-    model, table = folded.model, select_cost_table(recipe, TARGETS[recipe.target])
+    model, shapes = folded.model, infer_run_shapes(folded.model, fed)
     whole = replan(folded.plan, model, floats={})
-    costs = PlacementProblem.of(model, whole, infer_run_shapes(model, fed), table)
-    if not costs.time(whole.integer):
-        return ChosenDivision(known)  # sizes are not known before a run, nor are times
+    if target.costs is None:
+        costs = count_traffic(model, whole, shapes, recipe.high_precision or FLOAT_BITS)
+    else:
+        costs = PlacementProblem.of(model, whole, shapes, select_cost_table(recipe, target))
+    if not costs.time(whole.integer):  # sizes are not known before a run, nor are times
+        unknown = Skipped(STEP, "all tensors", "sizes are not known before a run, nor what more bits would cost")
+        return ChosenDivision(known, findings=[unknown] if target.costs is None else [])
     ranges = choose_ranges(whole, folded.sketches, recipe, folded.set_ranges)  # once, not for each division
     known_ranges = {value.name or "": found for value, found in ranges.items()}
-    trial = _DivisionTrial(replace(folded, set_ranges=known_ranges), recipe, whole, names, apart, parts)
+    undivided = replace(folded, set_ranges=known_ranges)
+    trial = _DivisionTrial(undivided, recipe, whole, shapes, names, apart, parts)
     problem = PrecisionProblem.of(model, whole, costs, noises)
     search = CurveSearch(problem.fastest(folded.plan.integer), lambda point: trial.measure(point.integer))
-    if holds_gates is not None or search.is_poor:
-        problem.rest = trial.measure(frozenset())
-        search.curve = problem.find_curve(folded.plan.integer)
-    chosen = search.choose(budget)
+    curve = DivisionCurve(problem, search, trial)
+    if holds_gates is not None or target.costs is None or search.is_poor:
+        curve.find_all()
+    if target.costs is None:
+        chosen = search.choose_within(lambda point: trial.measure_share(point.integer).is_within(budget))
+    else:
+        chosen = search.choose(budget)
     if holds_gates is not None:
         chosen = search.find_holding(chosen, lambda point: holds_gates(trial.build(point.integer)))
     reporter.progress(STEP, 1, 1)
-    return _describe_choice(search, chosen, trial, known)
+    return curve.take(chosen)
 
 
-def _describe_choice(
-    search: CurveSearch, chosen: int, trial: _DivisionTrial, known: Mapping[str, str]
-) -> ChosenDivision:
-    report = search.report(chosen, trial.images.count, apart=True)
-    if chosen == 0:
-        return ChosenDivision(known, [], report)
-    why = f"{FOR_ACCURACY}: {report.gained_db:.1f} dB for {report.spent:.0%} of the time"
-    floats = with_activations(trial.whole, dict.fromkeys(trial.whole.integer - search.points[chosen].integer, why))
-    reasons = {name: known.get(name, why) for name in floats}
-    new = [name for name in reasons if name not in known]
-    told = Change(STEP, format_some(new, MOST_NAMED), f"left in float for {why}", "division for accuracy")
-    return ChosenDivision(reasons, [told] if new else [], report)
+@dataclass(slots=True)
+class DivisionCurve:
+    """The divisions of a network, to be taken or carried out. chosen: the index of the one that was taken last."""
+
+    problem: PrecisionProblem
+    search: CurveSearch
+    trial: _DivisionTrial
+    chosen: int = 0
+
+    def find_all(self) -> None:
+        """Find the divisions behind the first one."""
+        if len(self.search.points) == 1:
+            self.problem.rest = self.trial.measure(frozenset())
+            self.search.curve = self.problem.find_curve(self.search.points[0].integer)
+
+    def with_ranges(self, ranges: Mapping[str, Range]) -> DivisionCurve:
+        """The same with other ranges of activations from now on."""
+        folded = replace(self.trial.folded, set_ranges=ranges)
+        return replace(self, trial=replace(self.trial, folded=folded))
+
+    def find_dearer(self) -> range:
+        """The indices of the divisions with more than 8 bits for more than the one that was taken."""
+        self.find_all()
+        return range(self.chosen + 1, len(self.search.points))
+
+    def carry_out(self, index: int) -> FoldedNetwork:
+        """The network of a division."""
+        return self.trial.divide(self.search.points[index].integer)
+
+    def take(self, index: int) -> ChosenDivision:
+        """Take a division, with what is told of it."""
+        self.chosen, trial, known = index, self.trial, self.trial.folded.plan.floats
+        report = self.search.report(index, trial.images.count, apart=True)
+        integer = self.search.points[index].integer
+        if TARGETS[trial.recipe.target].costs is None:
+            bits = trial.recipe.high_precision or FLOAT_BITS
+            report = replace(report, bits=bits, share=trial.measure_share(integer))
+        if index == 0:
+            return ChosenDivision(known, report=report, curve=self)
+        floats, wide = trial.name_nodes(integer, report.why)
+        reasons = {name: known.get(name, why) for name, why in floats.items()}
+        new = [name for name in (*reasons, *wide) if name not in known]
+        what = f"{_LEFT[report.bits]} for {report.why}"
+        told = Change(STEP, format_some(new, MOST_NAMED), what, "division for accuracy")
+        return ChosenDivision(reasons, wide, [told] if new else [], report, self)
+
+
+_LEFT = {FLOAT_BITS: "left in float", WIDE_BITS: "computed on 16 bits"}
 
 
 @dataclass(frozen=True, slots=True)
 class _DivisionTrial:
     """Carries out divisions, with ranges as they are by now.
 
-    whole: the plan of all in integers. images: to measure on.
+    folded: undivided. whole: the plan of all in integers. shapes: of all tensors, for one run. images: to measure on.
     """
 
     folded: FoldedNetwork
     recipe: Recipe
     whole: Plan
+    shapes: Shapes
     names: Sequence[str]
     images: PickedImages
     parts: Parts
 
-    def build(self, integer: frozenset[object]) -> Model:
-        """The model with these nodes in integers."""
-        floats = with_activations(self.whole, {node: STEP for node in self.whole.integer if node not in integer})
-        plan = replan(self.whole, self.folded.model, floats=floats)
-        tried, fine = replace(self.folded, plan=plan), with_fine_weights(self.recipe)
-        return build_quantized_model(tried, fine, round_to_nearest(tried, fine).params)
+    def name_nodes(self, integer: Set[Node], why: str) -> tuple[dict[str, str], dict[str, str]]:
+        """The nodes in float and those on 16 bits, by name with the reason. integer: those on 8 bits."""
+        named = with_activations(self.whole, dict.fromkeys(self.whole.integer - integer, why))
+        return ({}, named) if self.recipe.high_precision == WIDE_BITS else (named, {})
 
-    def measure(self, integer: frozenset[object]) -> float:
-        """The noise at the outputs with these nodes in integers."""
+    def divide(self, integer: Set[Node]) -> FoldedNetwork:
+        """The network with these nodes on 8 bits."""
+        floats, wide = self.name_nodes(integer, STEP)
+        return divide(self.folded, floats=floats, wide=wide)
+
+    def measure_share(self, integer: Set[Node]) -> PreciseShare:
+        """The share of activations that have more bits with these nodes on 8."""
+        return measure_precise_share(self.divide(integer).plan, self.whole, self.shapes)
+
+    def build(self, integer: Set[Node]) -> Model:
+        """The model with these nodes on 8 bits."""
+        divided, fine = self.divide(integer), with_fine_weights(self.recipe)
+        return build_quantized_model(divided, fine, round_to_nearest(divided, fine).params)
+
+    def measure(self, integer: Set[Node]) -> float:
+        """The noise at the outputs with these nodes on 8 bits."""
         model = self.build(integer)
         on_ort = TARGETS[self.recipe.target].on_ort
         with runnable_with_outputs(model, self.names) as runnable:
@@ -190,6 +267,15 @@ class CurveSearch:
         if self._measured_db(best) < ENOUGH_DB:
             best = max(self.measured, key=lambda index: (self._measured_db(index), -index))
         return best if self._measured_db(best) >= self._measured_db(0) + LEAST_GAIN_DB else 0
+
+    def choose_within(self, is_allowed: Callable[[Division], bool]) -> int:
+        """The index of the most accurate point that is allowed, the dearest, where it gains enough."""
+        every = range(len(self.points))
+        if is_allowed(self.points[-1]):
+            best = every[-1]
+        else:
+            best = max(0, self._first_of(every, lambda index: not is_allowed(self.points[index])) - 1)
+        return best if best and self._measured_db(best) >= self._measured_db(0) + LEAST_GAIN_DB else 0
 
     def find_holding(self, start: int, holds: Callable[[Division], bool]) -> int:
         """The first point from `start` on that holds, or `start` where none does."""

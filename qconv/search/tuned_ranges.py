@@ -18,24 +18,28 @@ from qconv.data.loader import DataLoader
 from qconv.errors import Finding
 from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.metrics.output_parts import Parts, add_selected_parts
-from qconv.planning.planner import replan
 from qconv.quantization.parameters import choose_activation_params
 from qconv.reporter import Reporter
 from qconv.results.precision import PrecisionReport
 from qconv.search.activation_ranges import SEARCH_BUDGETS, RangeSearch, search_activation_ranges
 from qconv.search.candidate import FoldedNetwork
+from qconv.search.division import divide
 from qconv.search.loudest_images import PickedImages, pick_images
-from qconv.search.precision_choice import HoldsGates, choose_division
+from qconv.search.precision_choice import DivisionCurve, HoldsGates, choose_division
 from qconv.search.range_widths import choose_range_width
 
 
 @dataclass(frozen=True, slots=True)
 class TunedRanges:
-    """folded: the network with its plan and ranges from now on. findings, precision: for the report."""
+    """What is taken from now on, and what may be.
+
+    folded: the network, divided, with its plan and ranges. findings, precision: for the report. curve: other divisions.
+    """
 
     folded: FoldedNetwork
     findings: list[Finding]
     precision: PrecisionReport | None = None
+    curve: DivisionCurve | None = None
 
 
 def tune_ranges(
@@ -47,7 +51,7 @@ def tune_ranges(
     reporter: Reporter,
     holds_gates: HoldsGates | None = None,
 ) -> TunedRanges:
-    """Set the ranges that the outputs gain from, and leave in float what is worth its time.
+    """Set the ranges that the outputs gain from, and give what is worth it more than 8 bits.
 
     feed: the images. fed: the preprocessing of what the model takes; None for ready-made samples. parts: of outputs.
     holds_gates: whether a model holds the gates; None without any.
@@ -62,16 +66,17 @@ def tune_ranges(
     found = _search(folded, recipe, images, parts, reporter)
     tuned = replace(folded, set_ranges={**folded.set_ranges, **found.ranges})
     division = choose_division(tuned, recipe, fed, found.noises, names, apart, parts, reporter, holds_gates)
-    divided = division.floats != folded.plan.floats
+    divided = bool(division.wide) or division.floats != folded.plan.floats
     if divided:
-        folded = replace(folded, plan=replan(folded.plan, folded.model, floats=division.floats))
+        folded = divide(folded, floats=division.floats, wide=division.wide)
     width = choose_range_width(folded, recipe, names, images, reporter, parts)
     if divided or width.findings:
         folded = replace(folded, set_ranges=width.ranges)
         found = _search(folded, recipe, images, parts, reporter)
     ranges = {**folded.set_ranges, **found.ranges}
     told = [*division.findings, *width.findings, *found.findings]
-    return TunedRanges(replace(folded, set_ranges=ranges), told, division.report)
+    curve = None if division.curve is None else division.curve.with_ranges(ranges)
+    return TunedRanges(replace(folded, set_ranges=ranges), told, division.report, curve)
 
 
 def _search(

@@ -439,10 +439,14 @@ def test_candidates_for_activations_that_cannot_be(
 
 
 def test_candidates_for_activations_are_chosen_by_pictures() -> None:
-    recipe = Recipe(candidate_activation_bits=(8, 32), stats="s.npz")
-    with pytest.raises(QconvError, match="8,float with --stats alone"):
-        recipe.with_data(DataOptions())
-    assert recipe.with_data(DataOptions(("imgs",))).candidate_activation_bits == (8, 32)
+    for options, told in (
+        ({"stats": "s.npz"}, "8,float with --stats"),
+        ({"effort": "fast"}, "8,float without --tune-ranges"),
+        ({"calibrator": "minmax"}, "8,float without --tune-ranges"),
+    ):
+        with pytest.raises(QconvError, match=told):
+            Recipe(candidate_activation_bits=(8, 32), **options)
+    Recipe(candidate_activation_bits=(8, 32), effort="fast", tune_ranges=True)
     assert Recipe(candidate_activation_bits=(8,), data_free=True).high_precision is None  # nothing is chosen
 
 
@@ -450,7 +454,14 @@ def test_candidates_for_activations_are_chosen_by_pictures() -> None:
     ("options", "wanted"),
     [
         ({}, 32),
-        ({"target": "generic"}, 32),
+        ({"target": "generic"}, None),
+        ({"target": "tensorrt"}, None),
+        ({"target": "generic", "float_budget": 0.1}, 32),
+        ({"target": "openvino", "float_budget": 0.0}, None),
+        ({"target": "tensorrt", "candidate_activation_bits": (8, 32)}, 32),
+        ({"layer_bits": (("a", LayerBits(4)),)}, 32),
+        ({"layer_bits": (("a", LayerBits(None, 32)),)}, None),
+        ({"layer_bits": (("a", LayerBits(None, 32)),), "candidate_activation_bits": (8, 32)}, 32),
         ({"target": "generic", "candidate_activation_bits": (8, 16)}, 16),
         ({"target": "generic", "candidate_activation_bits": (32, 8, 16)}, 16),
         ({"target": "generic", "candidate_activation_bits": (8,)}, None),

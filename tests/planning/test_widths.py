@@ -8,12 +8,12 @@ from __future__ import annotations
 from qconv.config.choices import LayerBits
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.ir.load import infer_shapes_at
 from qconv.ir.model import Model
 from qconv.passes.requantize import convert_between_widths
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan, replan
-from qconv.planning.widths import WideShare, measure_wide_share
+from qconv.planning.widths import measure_precise_share
+from qconv.results.precision import PreciseShare
 from tests.support.models import Constant, loaded, network
 
 V = (4, 4, 1, 1)
@@ -119,9 +119,29 @@ def test_replan_hands_wide_nodes_on() -> None:
     assert bits(replan(plan, model, wide={})) == dict.fromkeys(bits(plan), 8)
 
 
+SHAPES = {"x": (1, 3, 4, 4), **dict.fromkeys("agsby", (1, 4, 4, 4))}
+
+
 def test_the_share_of_16_bits() -> None:
     """x has 3 x 16 elements, the others 4 x 16: of 6 tensors and 23 x 16 elements, x, a and g are wide."""
     model, plan = planned(SILU, "a g")
-    shares = measure_wide_share(plan, infer_shapes_at(model, "x", (1, 3, 4, 4)))
-    assert shares == WideShare(3 / 6, (3 + 4 + 4) / 23)
-    assert measure_wide_share(replan(plan, model, wide={}), {}) == WideShare(0.0, 0.0)
+    whole = replan(plan, model, wide={})
+    assert measure_precise_share(plan, whole, SHAPES) == PreciseShare(3, 6, (3 + 4 + 4) / 23)
+    assert measure_precise_share(plan, whole, SHAPES).tensors == 0.5
+    assert measure_precise_share(whole, whole, {}) == PreciseShare(0, 6, 0.0)
+
+
+def test_copies_are_tensors_of_the_size_of_what_they_copy() -> None:
+    """x and a are wide, and a's copy is not: 2 of 7 tensors, 7 of 27."""
+    model, plan = planned(SILU, "a")
+    whole = replan(plan, model, wide={})
+    convert_between_widths(model, plan)
+    assert measure_precise_share(replan(plan, model), whole, SHAPES) == PreciseShare(2, 7, 7 / 27)
+
+
+def test_the_share_in_float() -> None:
+    """The Mul is in float: s is quantized for b all the same; with b in float, too, s and b are not: 8 of 23."""
+    model, plan = planned(SILU, "")
+    floats = replan(plan, model, floats={"s": "told so", "b": "told so"})
+    assert measure_precise_share(replan(plan, model, floats={"s": "told so"}), plan, SHAPES).count == 0
+    assert measure_precise_share(floats, plan, SHAPES) == PreciseShare(1, 6, 4 / 23)
