@@ -71,13 +71,17 @@ def average_costs(tables: Collection[CostTable]) -> CostTable:
 UP_TO_8_BITS = frozenset(range(2, 9))
 ALL_BITS = UP_TO_8_BITS | {16}
 
+CPU_COSTS = read_cost_tables(files("qconv.config").joinpath("cost_table.json").read_text("utf-8"))
+"""The committed tables, by the class of CPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """A runtime. Sets hold what it accepts; `why` says in one sentence why no more.
 
     float_ops: operators that have rules but no worthwhile integer kernel there, each with the reason.
-    costs: what operators cost there, as in `cost_table.json`; None where layers are not placed by costs.
+    costs: what operators cost there, as in `cost_table.json`; None where layers are not placed by costs. cpu_costs: the
+    same on each class of CPU.
     folds_constants: whether it computes what depends on constants alone once, when it loads a file. on_ort: whether
     ONNX Runtime's CPU provider, which every file is tried with, is what will run it.
     signed: activations are int8, not uint8. default_scheme: of activations. integer_bias: biases are int32 codes behind
@@ -94,6 +98,7 @@ class Target:
     name: str
     float_ops: Mapping[str, str] = field(default_factory=dict)
     costs: CostTable | None = None
+    cpu_costs: Mapping[str, CostTable] = field(default_factory=dict)
     folds_constants: bool = False
     on_ort: bool = True
     signed: bool = False
@@ -123,9 +128,8 @@ TARGETS: dict[str, Target] = {
     "ort-cpu": Target(
         "ort-cpu",
         float_ops={"ConvTranspose": "ONNX Runtime's CPU provider has no integer ConvTranspose"},
-        costs=average_costs(
-            read_cost_tables(files("qconv.config").joinpath("cost_table.json").read_text("utf-8")).values()
-        ),
+        costs=average_costs(CPU_COSTS.values()),
+        cpu_costs=CPU_COSTS,
         folds_constants=True,
         moves_zero=True,
         candidate_activation_bits=frozenset({8, 32}),

@@ -97,8 +97,17 @@ def choose_float_nodes(model: Model, recipe: Recipe, fed: Preprocessing | None, 
 
 
 def select_cost_table(recipe: Recipe, target: Target) -> CostTable:
-    """The costs of operators for the recipe's weights: depthwise layers with channel-wise zero points are slow."""
-    known = target.costs or {}
+    """The costs of operators for the recipe's weights, on a CPU of which nothing is known."""
+    return _adapt_costs(recipe, target.costs or {})
+
+
+def select_cpu_tables(recipe: Recipe, target: Target) -> list[CostTable]:
+    """The same on each class of CPU that is known."""
+    return [_adapt_costs(recipe, table) for table in target.cpu_costs.values()]
+
+
+def _adapt_costs(recipe: Recipe, known: CostTable) -> CostTable:
+    """Depthwise layers with channel-wise zero points are slow."""
     if not recipe.has_zero_points(recipe.weight_bits):
         return known
     return {
@@ -212,11 +221,9 @@ class PlacementProblem:
 
     def cautious(self) -> PlacementProblem:
         """The same with all costs in float raised by FLOAT_MARGIN."""
-        raised = {
-            node: None if cost is None else replace(cost, float_us=FLOAT_MARGIN * cost.float_us)
-            for node, cost in self.costs.items()
-        }
-        return replace(self, costs=raised)
+        costs = dict(self.costs)
+        costs.update((n, replace(c, float_us=FLOAT_MARGIN * c.float_us)) for n, c in self.costs.items() if c is not None)
+        return replace(self, costs=costs)
 
     def with_dear_conversions(self) -> PlacementProblem:
         """The same with conversions as dear as among operators of all kinds, where layouts change, too."""
@@ -253,9 +260,7 @@ class PlacementProblem:
             if cost is not None:
                 network.edge(network.source, vertices[node], cost.integer_us)
                 network.edge(vertices[node], network.sink, cost.float_us)
-            elif isinstance(
-                QUANTIZATION_RULES[node.op_type], WeightedRule
-            ):  # nothing is known of it: integers are the rule
+            elif isinstance(QUANTIZATION_RULES[node.op_type], WeightedRule):  # unknown: integers are the rule
                 network.edge(vertices[node], network.sink, math.inf)
         for first, other, us in self.pairs:
             network.edge(vertices[first], vertices[other], us)

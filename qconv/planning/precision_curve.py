@@ -41,8 +41,8 @@ class TensorNoise:
 class Division:
     """A point of the curve.
 
-    integer: the nodes that run in integers. time: predicted, over that of all integers. noise: predicted, at the
-    outputs, over their power.
+    integer: the nodes that run in integers. time: predicted, over that of all integers, on the CPU where that is most.
+    noise: predicted, at the outputs, over their power.
     """
 
     integer: frozenset[Node]
@@ -71,24 +71,34 @@ class PrecisionCurve:
 class PrecisionProblem:
     """The minimum cut of time and noise.
 
-    whole: all nodes that could run in integers. rounded: the nodes that round a tensor, and its noise. rest: noise that
+    problem, cautious: of times, as they are and as they are trusted. cpus: of times on each class of CPU. whole: all nodes that could run in integers. rounded: the nodes that round a tensor, and its noise. rest: noise that
     no division changes.
     """
 
     problem: PlacementProblem
     cautious: PlacementProblem
+    cpus: Sequence[PlacementProblem]
     whole: frozenset[Node]
     rounded: list[tuple[frozenset[Node], float]] = field(default_factory=list)
     rest: float = 0.0
 
     @classmethod
     def of(
-        cls, model: Model, plan: Plan, problem: PlacementProblem, noises: Sequence[TensorNoise], rest: float = 0.0
+        cls,
+        model: Model,
+        plan: Plan,
+        problem: PlacementProblem,
+        noises: Sequence[TensorNoise],
+        cpus: Sequence[PlacementProblem] = (),
     ) -> PrecisionProblem:
-        """The problem of a folded network. plan: with all in integers that can be. noises: at its outputs."""
-        problem = problem.with_dear_conversions()
+        """The problem of a folded network.
+
+        plan: with all in integers that can be. problem: of times. noises: at its outputs. cpus: of times on each class
+        of CPU; none for those of `problem`.
+        """
         rounded = [(frozenset(find_rounding_nodes(model, plan, own.members)), own.noise) for own in noises]
-        return cls(problem, problem.cautious(), frozenset(plan.integer), [own for own in rounded if own[0]], rest)
+        rounded = [own for own in rounded if own[0]]
+        return cls(problem, problem.cautious(), cpus or [problem], frozenset(plan.integer), rounded)
 
     def noise_of(self, integer: Set[Node]) -> float:
         """The noise at the outputs with these nodes in integers."""
@@ -96,8 +106,11 @@ class PrecisionProblem:
 
     def describe(self, integer: Set[Node]) -> Division:
         """The point of the curve with these nodes in integers."""
-        time = self.problem.time(integer) / max(self.problem.time(self.whole), 1e-9)
-        return Division(frozenset(integer), time, self.noise_of(integer))
+        return Division(frozenset(integer), self.time_of(integer), self.noise_of(integer))
+
+    def time_of(self, integer: Set[Node]) -> float:
+        """The time over that of all integers, on the CPU where that is most."""
+        return max(own.time(integer) / max(own.time(self.whole), 1e-9) for own in self.cpus)
 
     def divide(self, price: float, low: Set[Node] | None = None, high: Set[Node] = frozenset()) -> frozenset[Node]:
         """The nodes that run in integers where noise of 1 costs so many us.
@@ -110,7 +123,7 @@ class PrecisionProblem:
 
     def fastest(self, integer: Set[Node]) -> PrecisionCurve:
         """The curve of one point. integer: the nodes of the division by times alone."""
-        return PrecisionCurve((self.describe(integer),), self._float_time)
+        return PrecisionCurve((self.describe(integer),), self.time_of(frozenset()))
 
     def find_curve(self, fastest: Set[Node]) -> PrecisionCurve:
         """All divisions that a price leads to. fastest: the division by times alone, which is the first point."""
@@ -121,12 +134,8 @@ class PrecisionProblem:
         first = points[frozenset(fastest)]
         better = [point for point in points.values() if point is first or point.noise < first.noise]
         return PrecisionCurve(
-            tuple(sorted(better, key=lambda point: (point is not first, point.time))), self._float_time
+            tuple(sorted(better, key=lambda point: (point is not first, point.time))), self.time_of(frozenset())
         )
-
-    @property
-    def _float_time(self) -> float:
-        return self.problem.time(frozenset()) / max(self.problem.time(self.whole), 1e-9)
 
     def _between(self, low: frozenset[Node], high: frozenset[Node]) -> list[frozenset[Node]]:
         """The divisions between two of the hull, in the order of their prices."""

@@ -34,6 +34,7 @@ from qconv.planning.placement import (
     infer_run_shapes,
     is_placement_supported,
     select_cost_table,
+    select_cpu_tables,
     with_activations,
 )
 from qconv.planning.plan import Plan
@@ -115,9 +116,11 @@ def choose_division(
     model, shapes = folded.model, infer_run_shapes(folded.model, fed)
     whole = replan(folded.plan, model, floats={})
     if target.costs is None:
-        costs = count_traffic(model, whole, shapes, recipe.high_precision or FLOAT_BITS)
+        costs, *cpus = [count_traffic(model, whole, shapes, recipe.high_precision or FLOAT_BITS)]
     else:
-        costs = PlacementProblem.of(model, whole, shapes, select_cost_table(recipe, target))
+        tables = [select_cost_table(recipe, target), *select_cpu_tables(recipe, target)]
+        known_times = (PlacementProblem.of(model, whole, shapes, table) for table in tables)
+        costs, *cpus = [own.with_dear_conversions() for own in known_times]
     if not costs.time(whole.integer):  # sizes are not known before a run, nor are times
         unknown = Skipped(STEP, "all tensors", "sizes are not known before a run, nor what more bits would cost")
         return ChosenDivision(known, findings=[unknown] if target.costs is None else [])
@@ -125,7 +128,7 @@ def choose_division(
     known_ranges = {value.name or "": found for value, found in ranges.items()}
     undivided = replace(folded, set_ranges=known_ranges)
     trial = _DivisionTrial(undivided, recipe, whole, shapes, names, apart, parts)
-    problem = PrecisionProblem.of(model, whole, costs, noises)
+    problem = PrecisionProblem.of(model, whole, costs, noises, cpus)
     search = CurveSearch(problem.fastest(folded.plan.integer), lambda point: trial.measure(point.integer))
     curve = DivisionCurve(problem, search, trial)
     if holds_gates is not None or target.costs is None or search.is_poor:

@@ -1,7 +1,7 @@
 """Which activations get 16 bits or float, end to end: by `choose_division`, by `--max-drop`, and from a file again.
 
-Oracle: of networks in which one tensor is loud by construction, that one; and counts by hand. The residual stream t adds
-a channel that reaches to 1000 and is cut away behind it, so that 8 bits of t are worth nothing to the other channel.
+Oracle: of networks in which one tensor is loud by construction, that one; and counts by hand. The residual stream t
+adds a channel that reaches to 1000 and is cut away behind it, so that 8 bits of t are worth nothing to the other one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def bits(report: Report) -> dict[str, Any]:
 
 
 def test_the_loud_tensor_gets_16_bits(samples: Path) -> None:
-    """t and the Conv behind it: x, a, t -> t is read by b, so that the Mul and b compute on 16 bits, and b writes them."""
+    """t and the Conv behind it: t is read by b, so that the Mul and b compute on 16 bits, and b writes them."""
     report, _ = run(samples, **ASKED, float_budget=0.4)
     before, _ = run(samples, **{**ASKED, "candidate_activation_bits": (8,)})
     wide = {name for name, own in bits(report).items() if own == 16}
