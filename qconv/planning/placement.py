@@ -222,7 +222,7 @@ class PlacementProblem:
     def cautious(self) -> PlacementProblem:
         """The same with all costs in float raised by FLOAT_MARGIN."""
         costs = dict(self.costs)
-        costs.update((n, replace(c, float_us=FLOAT_MARGIN * c.float_us)) for n, c in self.costs.items() if c is not None)
+        costs.update((n, replace(c, float_us=FLOAT_MARGIN * c.float_us)) for n, c in self.costs.items() if c)
         return replace(self, costs=costs)
 
     def with_dear_conversions(self) -> PlacementProblem:

@@ -126,9 +126,12 @@ class PrecisionProblem:
         return PrecisionCurve((self.describe(integer),), self.time_of(frozenset()))
 
     def find_curve(self, fastest: Set[Node]) -> PrecisionCurve:
-        """All divisions that a price leads to. fastest: the division by times alone, which is the first point."""
+        """All divisions that a price leads to.
+
+        fastest: the division by times alone, which is the first point. What is in float there is so in all others.
+        """
         most = HIGHEST_PRICE * self.cautious.time(self.whole) / max(self.noise_of(self.whole) - self.rest, 1e-30)
-        ends = [self.divide(0.0), self.divide(most)]
+        ends = [self.divide(0.0, fastest), self.divide(most, fastest)]
         found = [ends[0], *self._between(*ends), ends[1]]
         points = {frozenset(fastest): self.describe(fastest)} | {one: self.describe(one) for one in found}
         first = points[frozenset(fastest)]

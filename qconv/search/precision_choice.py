@@ -124,7 +124,7 @@ def choose_division(
     if not costs.time(whole.integer):  # sizes are not known before a run, nor are times
         unknown = Skipped(STEP, "all tensors", "sizes are not known before a run, nor what more bits would cost")
         return ChosenDivision(known, findings=[unknown] if target.costs is None else [])
-    ranges = choose_ranges(whole, folded.sketches, recipe, folded.set_ranges)  # once, not for each division
+    ranges = choose_ranges(folded.plan, folded.sketches, recipe, folded.set_ranges)  # once, not for each division
     known_ranges = {value.name or "": found for value, found in ranges.items()}
     undivided = replace(folded, set_ranges=known_ranges)
     trial = _DivisionTrial(undivided, recipe, whole, shapes, names, apart, parts)
