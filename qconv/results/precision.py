@@ -44,7 +44,7 @@ class PrecisionPoint:
         predicted_db: SQNR at the outputs in dB, by the noises of tensors alone.
         corrected_db: The same, as what was measured of other points tells.
         measured_db: On pictures apart; None where it was not measured.
-        nodes: How many are not in 8-bit integers.
+        nodes: How many have more than 8 bits beyond those of the fastest division.
         chosen: Whether it is the one that was taken.
     """
 
