@@ -43,14 +43,14 @@ def test_a_tensor_between_unlike_nodes_is_converted_once() -> None:
 
 
 def test_the_loud_tensor_is_the_one_that_gets_more_bits() -> None:
-    """g makes nearly all the noise: Sigmoid and Mul are what touches it, and the cheapest division spares both."""
+    """g makes nearly all the noise, and Sigmoid and Mul are what touches it. a, s and y have neighbours on 8 bits."""
     model, problem, nodes = counted(16)
     plan = make_plan(model, Recipe(target="generic"), TARGETS["generic"])
     noises = [TensorNoise((nodes[name].outputs[0],), 1e-1 if name == "g" else 1e-9) for name in "agsy"]
     curve = PrecisionProblem.of(model, plan, problem, noises).find_curve(plan.integer)
     second = curve.points[1]
     assert {node.name for node in plan.integer - second.integer} == {"g", "s"}
-    assert second.noise == pytest.approx(2e-9)
+    assert second.noise == pytest.approx(3e-9)
 
 
 def test_in_front_of_readers_only_these_round() -> None:
