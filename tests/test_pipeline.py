@@ -119,13 +119,13 @@ def test_the_report_agrees_with_a_measurement_of_ones_own(tmp_path: Path) -> Non
 
 @needs("onnxruntime", "1.22", MOVES_CODES)
 def test_the_demo_runs_in_integers_and_agrees() -> None:
-    """Every Conv, Add, pool and Gemm, 22 + 4 + 1 + 1, but for three that are faster in float; what leads in and out."""
+    """Every Conv, Add, pool and Gemm, 22 + 4 + 1 + 1, and what leads in and out, but for some that the table picks."""
     recipe, data = Recipe(threads=1), DataOptions((str(PHOTOS),), preprocessing=PreprocessingOptions(resize="exact"))
     report, data = quantize(CIFAR, None, recipe, data)
     assert data is not None
-    assert [island.node for island in report.audit.placed] == ["stem.conv", "blocks.0.depthwise.conv", "classifier"]
     assert report.audit.islands == ()
     assert report.audit.integer >= 25
+    assert report.audit.integer + len(report.audit.placed) >= 28
     assert report.verify.sqnr_db is not None
     assert report.verify.sqnr_db > 20
     assert report.verify.agreement is not None

@@ -61,7 +61,7 @@ VALID: dict[str, str] = {
     metadata.VERSION_KEY: "1.2.3",
     metadata.RECIPE_KEY: json.dumps(Recipe(keep_float=("a*",)).as_dict(DataOptions(("x",)))),
     metadata.PREPROCESSING_KEY: json.dumps(PREPROCESSING),
-    metadata.PLACED_KEY: json.dumps(["a", "b"]),
+    metadata.PLACED_KEY: json.dumps({"faster in float": ["a", "b"], "accuracy: 3 dB": ["c"]}),
     metadata.FLOAT_MODEL_KEY: "0" * 64,
     metadata.EQUALIZATION_KEY: equalization(),
     metadata.FINETUNING_KEY: json.dumps({"step": 3}),
@@ -117,7 +117,9 @@ values = st.one_of(
 def test_readers_take_whatever_stands_there(props: dict[str, str]) -> None:
     version = metadata.read_version(props)
     assert version is None or version.isascii()
-    assert all(type(name) is str for name in metadata.read_placed_nodes(props))
+    placed = metadata.read_placed_nodes(props)
+    assert all(type(word) is str for word in (*placed, *placed.values()))
+    "".join((*placed, *placed.values())).encode()
     recipe = metadata.read_recipe(props)
     assert type(recipe) is dict
     assert isinstance(recipe_from_dict(recipe), Recipe | None)
@@ -175,7 +177,9 @@ ODD: dict[str, tuple[str, str, str]] = {
     "a part": (metadata.PREPROCESSING_KEY, "{}", "lacks 'preset'"),
     "a list": (metadata.RECIPE_KEY, "[]", "a list, not an object"),
     "no JSON": (metadata.RECIPE_KEY, "{", "no JSON"),
-    "names": (metadata.PLACED_KEY, "[1]", "names"),
+    "names": (metadata.PLACED_KEY, '{"why": [1]}', "names"),
+    "a name": (metadata.PLACED_KEY, '{"why": "a"}', "names"),
+    "names without reasons": (metadata.PLACED_KEY, '["a"]', "a list, not an object"),
     "a version": (metadata.VERSION_KEY, "1\n2", "version"),
     "a list packed": (metadata.EQUALIZATION_KEY, record(b"[]\n"), "record"),
     "a cut record": (

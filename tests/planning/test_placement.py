@@ -16,8 +16,8 @@ from qconv.config.targets import TARGETS, CostTable, Target, average_costs
 from qconv.ir.load import infer_shapes_at
 from qconv.ir.model import Model
 from qconv.planning.placement import (
+    PlacementProblem,
     Shapes,
-    _PlacementProblem,
     choose_float_nodes,
     infer_run_shapes,
     is_placement_supported,
@@ -58,10 +58,10 @@ def test_no_other_division_is_cheaper(seed: int) -> None:
     rng = np.random.default_rng(seed)
     model, plan, shapes = planned(CHAIN, **WEIGHTS)
     costs = {kind: tuple(rng.uniform(0, 9, 2)) for kind in ("stem3", "depthwise3", "Add")}
-    problem = _PlacementProblem.of(model, plan, shapes, table(**costs, switch=(0.0, float(rng.uniform(0, 9)))))
+    problem = PlacementProblem.of(model, plan, shapes, table(**costs, switch=(0.0, float(rng.uniform(0, 9)))))
     cautious = {n: c and type(c)(1.1 * c.float_us, c.integer_us) for n, c in problem.costs.items()}
-    judged = _PlacementProblem(cautious, problem.tensors)
-    chosen = problem.cheapest()
+    judged = PlacementProblem(cautious, problem.tensors)
+    chosen = problem.cautious().cheapest()
     nodes = list(plan.integer)
     every = (set(s) for n in range(len(nodes) + 1) for s in itertools.combinations(nodes, n))
     assert judged.time(chosen) == pytest.approx(min(map(judged.time, every)))

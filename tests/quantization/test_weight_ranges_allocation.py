@@ -17,7 +17,7 @@ from qconv.calibration.sketch import SketchBuilder, SketchContents, TensorView
 from qconv.config.choices import NAMED_RECIPES, LayerBits
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.planning.planner import NO_CHANNEL_SCALE_KERNEL
+from qconv.planning.float_reasons import NO_CHANNEL_SCALE_KERNEL
 from qconv.quantization import weight_ranges
 from qconv.quantization.parameters import make_tensor_rows
 from qconv.quantization.saturation import worst_pair_ratio

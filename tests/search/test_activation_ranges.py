@@ -27,7 +27,7 @@ from tests.support.models import loaded, network
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
 UINT8 = QuantSpec(8, signed=False, symmetric=False)
-ALL = SearchBudget(few=2, many=64, loud=0, far=64, loudest=0, near=0)
+ALL = SearchBudget(few=2, many=64, loud=0, apart=0, far=64, loudest=0, near=0)
 
 
 def factor(body: str, pictures: list[NDArray], top: float, looks: SearchBudget = ALL, **weights: NDArray) -> float:
@@ -70,7 +70,7 @@ def test_ranges_that_would_take_too_long_are_left_as_they_are() -> None:
     chosen = {value: UINT8.from_range(0, 1) for value in plan.activations}
     feeds = [{"x": np.ones((2, 3, 6, 6), np.float32)[:, :1]}]
     for share, left in ((1e-9, len(chosen) - 1), (4.0, 0), (None, 0)):
-        looks = SearchBudget(1, 1, 0, 1, 0, 0, share)
+        looks = SearchBudget(1, 1, 0, 0, 1, 0, 0, share)
         told = search_activation_ranges(model, plan, chosen, feeds, looks, 1, Reporter()).findings
         said = [finding.why for finding in told if isinstance(finding, Skipped)]
         assert said == (
@@ -84,7 +84,7 @@ def test_one_picture_in_many_counts_as_one_of_them() -> None:
     pictures = [spread(n, 1.0) for n in range(63)] + [spread(63, 4.0)]
     blind = factor(body, pictures[:63], 4.0, w=ONE, v=ONE)
     assert blind < 0.32
-    seen = factor(body, pictures, 4.0, SearchBudget(2, 64, 0, 2, 0, 4), w=ONE, v=ONE)
+    seen = factor(body, pictures, 4.0, SearchBudget(2, 64, 0, 0, 2, 0, 4), w=ONE, v=ONE)
     assert seen == factor(body, pictures, 4.0, ALL, w=ONE, v=ONE) > blind
 
 

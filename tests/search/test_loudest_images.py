@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from qconv.decoding.head import OutputPart
 from qconv.metrics.output_parts import NO_PARTS
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
-from qconv.search.loudest_images import measure_loudness, pick_batches, pick_images
+from qconv.search.loudest_images import PickedImages, measure_loudness, pick_batches, pick_images
 from tests.support.models import loaded, network
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
@@ -38,17 +39,60 @@ def test_an_image_is_loud_where_any_part_of_its_outputs_is() -> None:
     assert measure_loudness(NO_PARTS, ["y"], [[np.zeros((1, 2), np.float32)]]) == [0]
 
 
-def test_the_loudest_image_comes_first_with_what_float_says(tmp_path: Path) -> None:
-    xs = [np.full((1, 8, 8), level, np.float32) for level in (0.1, 0.2, 0.9, 0.3, 0.4)]
-    for index, x in enumerate(xs):
-        np.save(tmp_path / f"{index}.npy", x)
-    model = loaded(network("a = Conv(x, w) y = Relu(a)", ("N", 1, 8, 8), w=2 * ONE))
+def picked(
+    folder: Path, levels: Sequence[float], counts: tuple[int, int, int], side: int = 8
+) -> tuple[PickedImages, PickedImages]:
+    """Of pictures of one level each; the network doubles them."""
+    for index, level in enumerate(levels):
+        np.save(folder / f"{index:02}.npy", np.full((1, side, side), level, np.float32))
+    model = loaded(network("a = Conv(x, w) y = Relu(a)", ("N", 1, side, side), w=2 * ONE))
     session = Session(model.proto().SerializeToString())
-    feed = DataLoader.of(session, DataOptions((str(tmp_path),)), Reporter())
-    found = pick_images(model, ["a"], feed, (1, 2), 1, NO_PARTS)
-    levels = [float(batch["x"].max()) for batch in found.feeds]
+    feed = DataLoader.of(session, DataOptions((str(folder),)), Reporter())
+    return pick_images(model, ["a"], feed, counts, 1, NO_PARTS)
+
+
+def levels_of(images: PickedImages) -> list[float]:
+    return [round(float(batch["x"].max()), 4) for batch in images.feeds]
+
+
+def test_the_loudest_image_comes_first_with_what_float_says(tmp_path: Path) -> None:
+    found, apart = picked(tmp_path, (0.1, 0.2, 0.9, 0.3, 0.4), (1, 2, 0), 80)
+    levels = levels_of(found)
     assert levels[0] == pytest.approx(0.9)
     assert len(levels) == 3
+    assert not apart.feeds
+    assert not found.few_numbers  # 6400 of an image
     assert found.weights == [1, 2, 2]
     for level, clean in zip(levels, found.clean, strict=True):
-        assert clean[0] == pytest.approx(np.full((1, 1, 8, 8), 2 * level))
+        assert clean[0] == pytest.approx(np.full((1, 1, 80, 80), 2 * level))
+
+
+def test_images_are_set_apart_by_their_loudness(tmp_path: Path) -> None:
+    """By hand: of 12 by loudness, the fourth, the eighth and the twelfth; one of four at most, however many are asked
+    for. They are not among the others, which stand for 9 alone."""
+    levels = [0.05 * (1 + 5 * n % 12) for n in range(12)]
+    found, apart = picked(tmp_path, levels, (2, 4, 100), 80)
+    loudest = sorted(levels, reverse=True)
+    assert levels_of(apart) == pytest.approx([loudest[3], loudest[7], loudest[11]])
+    assert apart.count == 3
+    assert not set(levels_of(apart)) & set(levels_of(found))
+    assert levels_of(found)[:2] == pytest.approx(loudest[:2])
+    assert sum(found.weights) == 9
+    assert list(apart.weights) == [1, 1, 1]
+    assert apart.clean[0][0] == pytest.approx(np.full((1, 1, 80, 80), 2 * loudest[3]))
+
+
+def test_of_more_images_the_same_few_are_set_apart_evenly(tmp_path: Path) -> None:
+    """By hand: 2 of 24, which are the twelfth and the last."""
+    levels = [0.04 * (1 + n) for n in range(24)]
+    _, apart = picked(tmp_path, levels, (2, 4, 2), 80)
+    loudest = sorted(levels, reverse=True)
+    assert levels_of(apart) == pytest.approx([loudest[11], loudest[23]])
+
+
+def test_where_outputs_are_few_numbers_all_others_are_set_apart_too(tmp_path: Path) -> None:
+    levels = [0.05 * (1 + n) for n in range(12)]
+    found, apart = picked(tmp_path, levels, (2, 3, 3))
+    assert found.few_numbers
+    assert sorted(levels_of(found) + levels_of(apart)) == pytest.approx(levels)
+    assert len(found.feeds) == 5

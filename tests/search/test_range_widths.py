@@ -21,7 +21,7 @@ from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 from qconv.search.candidate import FoldedNetwork
 from qconv.search.loudest_images import PickedImages
-from qconv.search.range_widths import WIDTHS, _blend, _with_fine_weights, choose_range_width
+from qconv.search.range_widths import WIDTHS, _blend, with_fine_weights, choose_range_width
 from tests.support.models import loaded, network
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
@@ -88,7 +88,7 @@ def test_widths_are_steps_between_both_ends() -> None:
 )
 def test_weights_of_few_bits_are_tried_with_8(options: dict[str, Any], bits: int, pack: bool) -> None:
     """Whatever goes with few bits alone is left out, so that the recipe is one that can be."""
-    found = _with_fine_weights(Recipe(**options))
+    found = with_fine_weights(Recipe(**options))
     assert (found.weight_bits, found.pack) == (bits, pack)
     assert all(own.weights is None for _, own in found.layer_bits)
     assert found.allocates_activations == Recipe(**options).allocates_activations
