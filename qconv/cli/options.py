@@ -24,6 +24,7 @@ from qconv.config.choices import (
     MOST_THREADS,
     NAMED_RECIPES,
     PERCENTILE,
+    PRECISE_SHARE,
     ROUNDINGS,
     WEIGHT_CALIBRATORS,
     Drop,
@@ -404,9 +405,13 @@ quantize_options = combine_options(
         "--candidate-activation-bits",
         type=BitsType(),
         help="What a tensor between layers may have where 8 bits lose too much; target generic takes 16 as well as "
-        "float.  [default: 8,float]",
+        "float.  [default: 8,float for target ort-cpu, else 8]",
     ),
-    click.option("--save-layer-bits", metavar="FILE.toml", help="Also write what it found, for --layer-bits."),
+    click.option(
+        "--save-layer-bits",
+        metavar="FILE.toml",
+        help="Also write bits and nodes in float as they were found, for --layer-bits.",
+    ),
     click.option(
         "--pack/--no-pack",
         default=False,
@@ -493,7 +498,8 @@ quantize_options = combine_options(
         type=float,
         metavar="0..1",
         help="Share of the time that may be spent on float around the tensors that make most of the noise at the "
-        f"outputs; 0 for none.  [default: {FLOAT_BUDGET}, with --tune-ranges]",
+        "outputs; of other targets than ort-cpu, the share of activations that may have more than 8 bits; 0 for none.  "
+        f"[default: {FLOAT_BUDGET}, with --tune-ranges; {PRECISE_SHARE} beside --candidate-activation-bits for others]",
     ),
     click.option(
         "--saturation-safe/--no-saturation-safe",
