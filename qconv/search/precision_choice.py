@@ -23,6 +23,7 @@ from qconv.config.data_options import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, format_some
+from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.model import Model
 from qconv.ir.subgraph import runnable_with_outputs
 from qconv.metrics.output_parts import Parts, measure_output_noise
@@ -117,7 +118,8 @@ def _describe_choice(
         return ChosenDivision(known, [], report)
     why = f"{FOR_ACCURACY}: {report.gained_db:.1f} dB for {report.spent:.0%} of the time"
     floats = with_activations(trial.whole, dict.fromkeys(trial.whole.integer - search.points[chosen].integer, why))
-    reasons = {name: known.get(name, why) for name in floats}
+    names = [node.name or "" for node in trial.folded.model.nodes()]
+    reasons = {name: known.get(name, why) for name in names if name in floats}
     new = [name for name in reasons if name not in known]
     told = Change(STEP, format_some(new, MOST_NAMED), f"left in float for {why}", "division for accuracy")
     return ChosenDivision(reasons, [told] if new else [], report)
@@ -148,9 +150,10 @@ class _DivisionTrial:
         """The noise at the outputs with these nodes in integers."""
         model = self.build(integer)
         on_ort = TARGETS[self.recipe.target].on_ort
-        with runnable_with_outputs(model, self.names) as runnable:
+        own = [value.name or "" for value in find_judged_tensors(model)]  # within the network they have other names
+        with runnable_with_outputs(model, own) as runnable:
             session = Session(runnable, name="the quantized model", threads=self.recipe.threads, integer_kernels=on_ort)
-        got = (session.run(self.names, batch) for batch in self.images.feeds)
+        got = (session.run(own, batch) for batch in self.images.feeds)
         return measure_output_noise(self.parts, self.names, self.images.clean, got, self.images.weights)
 
 

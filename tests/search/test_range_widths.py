@@ -21,7 +21,7 @@ from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 from qconv.search.candidate import FoldedNetwork
 from qconv.search.loudest_images import PickedImages
-from qconv.search.range_widths import WIDTHS, _blend, with_fine_weights, choose_range_width
+from qconv.search.range_widths import WIDTHS, _blend, choose_range_width, with_fine_weights
 from tests.support.models import loaded, network
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
