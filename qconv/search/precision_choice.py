@@ -116,7 +116,7 @@ def _describe_choice(
     report = search.report(chosen, trial.images.count, apart=True)
     if chosen == 0:
         return ChosenDivision(known, [], report)
-    why = f"{FOR_ACCURACY}: {report.gained_db:.1f} dB for {report.spent:.0%} of the time"
+    why = f"{FOR_ACCURACY}: {report.in_words}"
     floats = with_activations(trial.whole, dict.fromkeys(trial.whole.integer - search.points[chosen].integer, why))
     names = [node.name or "" for node in trial.folded.model.nodes()]
     reasons = {name: known.get(name, why) for name in names if name in floats}
