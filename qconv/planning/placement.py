@@ -214,7 +214,8 @@ class PlacementProblem:
     ) -> PlacementProblem:
         """Arguments as for `place_by_measured_costs`."""
         known = measured or {}
-        costs = {node: known.get(node.name or "") or look_up_cost(node, shapes, table) for node in plan.integer}
+        movable = [node for node in model.nodes() if node in plan.integer]  # in order: so are sums, to the last digit
+        costs = {node: known.get(node.name or "") or look_up_cost(node, shapes, table) for node in movable}
         pairs = [*_settle_layouts(plan, shapes, table, costs), *_join_gates(model, costs)]
         tensors = find_tensor_costs(model, plan, costs, lambda value: _switch_cost(value, shapes, table))
         return cls(costs, tensors, pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,9 @@ from qconv.config.choices import FLOAT_BITS
 
 FOR_ACCURACY = "accuracy"
 """What the reason of a node begins with that is in float for accuracy."""
+
+LEAST_TOLD = 0.005
+"""Least share of the time that is told as one: less is 0 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +60,9 @@ class PrecisionPoint:
     chosen: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints of it."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        """What `--json` prints of it; null for what is infinite, too, as there is no such number."""
+        found = {name: getattr(self, name) for name in self.__slots__}
+        return {name: None if value == math.inf else value for name, value in found.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +93,9 @@ class PrecisionReport:
     @property
     def why(self) -> str:
         """Why nodes have more than 8 bits: what that gains, and takes."""
-        gain = f"{FOR_ACCURACY}: {self.gained_db:.1f} dB"
         if self.share is None:
-            return f"{gain} for {self.spent:.0%} of the time"
-        return f"{gain} for {self.share.elements:.0%} of the activations {self.kind}"
+            return f"{FOR_ACCURACY}: {self.in_words}"
+        return f"{FOR_ACCURACY}: {self.gained_db:.1f} dB for {self.share.elements:.0%} of the activations {self.kind}"
 
     @property
     def chosen(self) -> PrecisionPoint:
@@ -108,6 +112,12 @@ class PrecisionReport:
     def spent(self) -> float:
         """The time that it takes more, as a share of that of all in integers."""
         return self.chosen.time - self.points[0].time
+
+    @property
+    def in_words(self) -> str:
+        """What the division that was taken gains, and for what: the reason of the nodes that it leaves in float."""
+        spent = f"{self.spent:.0%} of the time" if self.spent >= LEAST_TOLD else "no time"
+        return f"{self.gained_db:.1f} dB for {spent}"
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""

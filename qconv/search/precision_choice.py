@@ -25,6 +25,7 @@ from qconv.config.data_options import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, Skipped, format_some
+from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.model import Model, Node
 from qconv.ir.subgraph import runnable_with_outputs
 from qconv.metrics.output_parts import Parts, measure_output_noise
@@ -210,7 +211,9 @@ class _DivisionTrial:
 
     def name_nodes(self, integer: Set[Node], why: str) -> tuple[dict[str, str], dict[str, str]]:
         """The nodes in float and those on 16 bits, by name with the reason. integer: those on 8 bits."""
-        named = with_activations(self.whole, dict.fromkeys(self.whole.integer - integer, why))
+        found = with_activations(self.whole, dict.fromkeys(self.whole.integer - integer, why))
+        every = (node.name or "" for node in self.folded.model.nodes())  # in order, as names come out of sets
+        named = {name: found[name] for name in every if name in found}
         return ({}, named) if self.recipe.high_precision == WIDE_BITS else (named, {})
 
     def divide(self, integer: Set[Node]) -> FoldedNetwork:
@@ -231,9 +234,10 @@ class _DivisionTrial:
         """The noise at the outputs with these nodes on 8 bits."""
         model = self.build(integer)
         on_ort = TARGETS[self.recipe.target].on_ort
-        with runnable_with_outputs(model, self.names) as runnable:
+        own = [value.name or "" for value in find_judged_tensors(model)]  # within the network they have other names
+        with runnable_with_outputs(model, own) as runnable:
             session = Session(runnable, name="the quantized model", threads=self.recipe.threads, integer_kernels=on_ort)
-        got = (session.run(self.names, batch) for batch in self.images.feeds)
+        got = (session.run(own, batch) for batch in self.images.feeds)
         return measure_output_noise(self.parts, self.names, self.images.clean, got, self.images.weights)
 
 

@@ -22,6 +22,7 @@ from qconv.config.choices import PACKED_BITS
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding
+from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.model import Value
 from qconv.ir.subgraph import runnable_with_outputs
 from qconv.metrics.output_parts import Parts, measure_output_noise
@@ -117,9 +118,10 @@ def _measure(
     tried, wanted = replace(folded, set_ranges=ranges), with_fine_weights(recipe)
     model = build_quantized_model(tried, wanted, round_to_nearest(tried, wanted).params)
     on_ort = TARGETS[recipe.target].on_ort
-    with runnable_with_outputs(model, names) as runnable:
+    own = [value.name or "" for value in find_judged_tensors(model)]  # within the network they have other names
+    with runnable_with_outputs(model, own) as runnable:
         session = Session(runnable, name="the quantized model", threads=recipe.threads, integer_kernels=on_ort)
-    got = (session.run(names, batch) for batch in images.feeds)
+    got = (session.run(own, batch) for batch in images.feeds)
     return measure_output_noise(parts, names, images.clean, got, images.weights)
 
 

@@ -36,17 +36,18 @@ def capture(case: Case, places: Places) -> dict[str, Any]:
     from qconv.cli.main import cli
 
     found: dict[str, Any] = {}
-    describe = precision_choice._describe_choice
+    take = precision_choice.DivisionCurve.take
 
-    def listen(search: Any, chosen: int, trial: Any, known: Any) -> Any:
+    def listen(curve: Any, index: int) -> Any:
+        trial = curve.trial
         model = trial.folded.model.copy()  # the run goes on to quantize its own
         folded = replace(trial.folded, model=model, plan=precision_choice.replan(trial.folded.plan, model))
-        found.update(search=search, folded=folded, trial=trial, chosen=chosen)
-        return describe(search, chosen, trial, known)
+        found.update(search=curve.search, folded=folded, trial=trial, chosen=index)
+        return take(curve, index)
 
     out = places.work / f"curve_{case.name}.onnx"
     words = ["quantize", str(places.model(case)), "--calib", str(places.calibration(case)), "-o", str(out)]
-    with mock.patch.object(precision_choice, "_describe_choice", listen):
+    with mock.patch.object(precision_choice.DivisionCurve, "take", listen):
         cli([*words, "--threads", "1", "--quiet", *case.options], standalone_mode=False)
     return found
 

@@ -1,0 +1,286 @@
+"""What stays in float for accuracy: the rule on curves made up, and the run of a network with one loud tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from qconv.auditing.audit import audit_file
+from qconv.config.data_options import DataOptions
+from qconv.config.recipe import Recipe
+from qconv.errors import Change
+from qconv.ir.files import Source
+from qconv.pipeline.quantize import quantize
+from qconv.planning.precision_curve import Division, PrecisionCurve
+from qconv.results.quantize import Report
+from qconv.runtime.session import Session
+from qconv.search.precision_choice import CurveSearch
+from tests.support.models import network
+
+# -- the rule, on curves made up ---------------------------------------------------------------------------------------
+
+
+def search_of(
+    points: Sequence[tuple[float, float]], predicted: Sequence[float] = (), float_time: float = 9.0
+) -> CurveSearch:
+    """points: (time, SQNR in dB as it would be measured). predicted: in dB; as it is measured where there is none."""
+    noises = [10 ** (-decibel / 10) for decibel in predicted or [decibel for _, decibel in points]]
+    curve = tuple(Division(frozenset(), time, noise) for (time, _), noise in zip(points, noises, strict=True))
+    found = {time: 10 ** (-decibel / 10) for time, decibel in points}
+    return CurveSearch(PrecisionCurve(curve, float_time), lambda point: found[point.time])
+
+
+@pytest.mark.parametrize(("decibel", "poor"), [(19.99, True), (20.0, False), (35.0, False)])
+def test_outputs_of_20_db_are_good_enough(decibel: float, poor: bool) -> None:
+    search = search_of([(1.0, decibel), (1.05, 50.0)])
+    assert search.is_poor is poor
+    assert search.choose(0.1) == (1 if poor else 0)
+    assert set(search.measured) == ({0, 1} if poor else {0})  # no more than has to be
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 17])
+def test_the_fastest_that_has_24_db_is_found_by_bisection(count: int) -> None:
+    for enough in range(1, count):
+        points = [(1 + index / 1000, 25.0 + index if index >= enough else 10 + index / 10) for index in range(count)]
+        search = search_of(points)
+        assert search.choose(0.1) == enough
+        assert len(search.measured) <= 2 + math.ceil(math.log2(count))
+
+
+def test_24_db_is_the_limit() -> None:
+    assert search_of([(1.0, 10), (1.01, 23.99), (1.02, 24.0), (1.03, 40)]).choose(0.1) == 2
+
+
+def test_the_most_accurate_is_taken_where_none_has_enough() -> None:
+    assert search_of([(1.0, 10), (1.01, 14), (1.02, 18), (1.03, 23)]).choose(0.1) == 3
+    assert search_of([(1.0, 10), (1.01, 22), (1.02, 21)]).choose(0.1) == 1  # of those that were measured
+
+
+@pytest.mark.parametrize(
+    ("budget", "float_time", "chosen"),
+    [
+        (0.1, 9.0, 2),
+        (0.25, 9.0, 4),
+        (0.05, 9.0, 1),
+        (0.04, 9.0, 0),
+        (1.0, 1.15, 3),  # no slower than float
+        (1.0, 1.02, 0),
+        (1.0, 0.7, 0),  # float is faster than the fastest
+    ],
+)
+def test_time_is_spent_up_to_the_budget(budget: float, float_time: float, chosen: int) -> None:
+    points = [(1.0, 10.0), (1.05, 13.0), (1.1, 16.0), (1.15, 19.0), (1.2, 22.0)]
+    search = search_of(points, float_time=float_time)
+    assert search.choose(budget) == chosen
+    assert all(index <= chosen for index in search.measured)
+
+
+def test_a_budget_is_over_the_fastest() -> None:
+    """Which need not be all in integers: its time may be 0.8 of that."""
+    points = [(0.8, 10.0), (0.89, 13.0), (0.91, 16.0), (1.0, 30.0)]
+    assert search_of(points).choose(0.1) == 1
+
+
+def test_what_is_faster_and_better_is_no_expense() -> None:
+    """The first point is the division by times alone, which may leave in integers what would gain too little time."""
+    assert search_of([(1.0, 10.0), (0.97, 15.0), (1.2, 30.0)], float_time=0.9).choose(0.1) == 1
+
+
+@pytest.mark.parametrize(("decibel", "chosen"), [(11.99, 0), (12.01, 1)])
+def test_2_db_have_to_be_gained(decibel: float, chosen: int) -> None:
+    assert search_of([(1.0, 10.0), (1.05, decibel)]).choose(0.1) == chosen
+
+
+def test_predictions_alone_choose_nothing() -> None:
+    search = search_of([(1.0, 12.0), (1.02, 12.5), (1.05, 26.0)], predicted=(10, 40, 41))
+    assert search.choose(0.1) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12])
+def test_gates_ask_for_the_first_that_holds(count: int) -> None:
+    """Oracle: a look at one after the other. Without any, the last one comes nearest."""
+    for start in range(count):
+        for first in range(count + 1):
+            search = search_of([(1 + index / 10, 10.0 + index) for index in range(count)])
+            tried: list[Division] = []
+
+            def holds(
+                point: Division, search: CurveSearch = search, tried: list[Division] = tried, first: int = first
+            ) -> bool:
+                tried.append(point)
+                return search.points.index(point) >= first
+
+            expected = next((index for index in range(start, count) if index >= first), count - 1)
+            assert search.find_holding(start, holds) == expected
+            assert len(tried) <= 1 + math.ceil(math.log2(count - start)) + 1
+            assert start == expected or expected in search.measured
+
+
+def test_corrections_lie_between_those_that_were_measured() -> None:
+    """By hand: off by 2 dB at 1.0 and by -1 at 1.2, thus by 0.5 at 1.1; by -0.5 at 1.3, and right at the end."""
+    points = [(1.0, 12.0), (1.1, 99.0), (1.2, 19.0), (1.3, 99.0), (1.4, 99.0)]
+    search = search_of(points, predicted=(10, 14, 20, 24, 30))
+    assert search.corrected() == pytest.approx([10, 14, 20, 24, 30])
+    search.find_holding(2, lambda point: True)
+    assert search.is_poor
+    search.measured[2] = 10**-1.9
+    assert search.corrected() == pytest.approx([12, 14.5, 19, 23.5, 30], abs=1e-6)
+
+
+def test_what_was_measured_is_told_as_it_was() -> None:
+    search = search_of([(1.0, 12.0), (1.1, 25.0), (1.2, 40.0)], predicted=(10, 14, 20), float_time=1.5)
+    found = search.report(search.choose(0.2), 16, apart=True)
+    assert [point.measured_db for point in found.points[:2]] == pytest.approx([12, 25])
+    assert [point.corrected_db for point in found.points[:2]] == pytest.approx([12, 25])
+    assert found.points[2].measured_db is None
+    assert [point.predicted_db for point in found.points] == pytest.approx([10, 14, 20])
+    assert [point.chosen for point in found.points] == [False, True, False]
+    assert (found.float_time, found.pictures, found.apart) == (1.5, 16, True)
+    assert found.gained_db == pytest.approx(13)
+    assert found.spent == pytest.approx(0.1)
+
+
+# -- a network with one loud tensor ------------------------------------------------------------------------------------
+
+SAME = "pads=[1,1,1,1]"
+BODY = f"""a = Conv(x, w, k) b = Relu(a) c = Conv(b, d) e = Conv<{SAME}>(c, p) f = Relu(e)
+           g = Conv<{SAME}>(f, q) h = Relu(g) y = Conv<{SAME}>(h, r)"""
+
+
+def loud(common: float) -> onnx.ModelProto:
+    """c has differences of channels of b, all of which have `common` in common; the layers behind take most time."""
+    rng = np.random.default_rng(0)
+
+    def weights(*shape: int) -> NDArray[np.float32]:
+        return rng.normal(size=shape).astype(np.float32) / np.float32(np.sqrt(np.prod(shape[1:])))
+
+    pairs = np.zeros((8, 16, 1, 1), np.float32)
+    pairs[range(8), range(0, 16, 2)], pairs[range(8), range(1, 16, 2)] = 1, -1
+    return network(
+        BODY,
+        ("N", 3, 24, 24),
+        w=weights(16, 3, 1, 1),
+        k=np.full(16, common, np.float32),
+        d=pairs,
+        p=weights(32, 8, 3, 3),
+        q=weights(64, 32, 3, 3),
+        r=weights(64, 64, 3, 3),
+    )
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("samples")
+    for number in range(24):
+        x = np.random.default_rng(number).normal(size=(3, 24, 24)).astype(np.float32)
+        np.save(folder / f"{number:02}.npy", x)
+    return folder
+
+
+RECIPE = Recipe(threads=1, effort="fast", equalize=False, tune_ranges=True)
+
+
+def run_on(proto: onnx.ModelProto, samples: Path, recipe: Recipe = RECIPE) -> tuple[Report, bytes]:
+    source = Source("m", None, proto.SerializeToString())
+    report, result = quantize(source, None, recipe, DataOptions((str(samples),)))
+    assert result is not None
+    return report, result
+
+
+def sqnr_apart(proto: onnx.ModelProto, result: bytes) -> float:
+    """On images that nobody has seen."""
+    x = np.random.default_rng(99).normal(size=(4, 3, 24, 24)).astype(np.float32)
+    (want,), (got,) = (Session(data, threads=1).run(["y"], {"x": x}) for data in (proto.SerializeToString(), result))
+    return float(10 * np.log10(np.sum(want**2) / np.sum((want - got) ** 2)))
+
+
+@pytest.fixture(scope="module")
+def mended(samples: Path) -> tuple[Report, bytes]:
+    return run_on(loud(120.0), samples)
+
+
+def test_the_nodes_around_a_loud_tensor_stay_in_float(mended: tuple[Report, bytes], samples: Path) -> None:
+    """In 8 bits b has steps of nearly 0.5, as much as what its channels differ by: its writer and its reader."""
+    report, result = mended
+    plain, all_integers = run_on(loud(120.0), samples, replace(RECIPE, float_budget=0.0))
+    assert {node.node for node in report.audit.placed} == {"a", "c"}
+    assert plain.audit.placed == ()
+    before, after = (sqnr_apart(loud(120.0), data) for data in (all_integers, result))
+    assert before < 20
+    assert after > before + 10
+    assert report.precision is not None
+    points = report.precision.points
+    assert points[0].measured_db == pytest.approx(before, abs=1.5)
+    assert report.precision.chosen.measured_db == pytest.approx(after, abs=1.5)
+    assert report.precision.chosen.nodes == 2
+    assert report.precision.apart
+    (told,) = (found for found in report.findings if isinstance(found, Change) and found.step == "precision")
+    assert told.kind == "division for accuracy"
+
+
+def test_nothing_is_spent_where_nothing_may_be(samples: Path) -> None:
+    report, _ = run_on(loud(120.0), samples, replace(RECIPE, float_budget=0.0))
+    assert report.precision is None
+    assert not [found for found in report.findings if found.step == "precision"]
+
+
+def test_networks_above_20_db_stay_as_times_have_them(samples: Path) -> None:
+    report, result = run_on(loud(20.0), samples)
+    assert sqnr_apart(loud(20.0), result) > 20
+    assert report.audit.placed == ()
+    assert report.precision is not None
+    (point,) = report.precision.points  # no curve is looked for
+    assert point.chosen
+    assert point.nodes == 0
+    assert point.measured_db is not None
+    assert point.measured_db > 20
+
+
+def test_other_targets_have_no_times_to_weigh(samples: Path) -> None:
+    report, _ = run_on(loud(120.0), samples, replace(RECIPE, target="generic"))
+    assert report.precision is None
+
+
+def test_the_file_says_why(mended: tuple[Report, bytes], tmp_path: Path) -> None:
+    """From its metadata, which audit reads; the activation that a has absorbed is among the names."""
+    report, result = mended
+    carried = {entry.key: entry.value for entry in onnx.load_from_string(result).metadata_props}
+    ((why, names),) = json.loads(carried["qconv.placed"]).items()
+    assert names == ["a", "b", "c"]
+    assert report.precision is not None
+    assert why == f"accuracy: {report.precision.gained_db:.1f} dB for no time"
+    path = tmp_path / "q.onnx"
+    path.write_bytes(result)
+    audited = audit_file(Source("q", path), threads=1, batch=None, size=None).audit
+    assert {node.node: (node.why, node.rule) for node in audited.placed} == {
+        "a": (why, "placed"),
+        "c": (why, "placed"),
+    }
+
+
+def test_the_same_run_says_the_same(mended: tuple[Report, bytes], samples: Path) -> None:
+    report, result = run_on(loud(120.0), samples)
+    assert result == mended[1]
+    assert report.precision == mended[0].precision
+    assert report.findings == mended[0].findings
+
+
+def test_what_a_selection_reads_is_measured_in_the_quantized_network(samples: Path) -> None:
+    """The Relu that NonZero reads is absorbed there: the tensor has another name."""
+    proto = network(f"{BODY} s = Relu(y) z = NonZero(s)", ("N", 3, 24, 24), ("z",), **weights_of(loud(120.0)))
+    report, _ = run_on(proto, samples)
+    assert report.precision is not None
+    assert report.precision.chosen.measured_db is not None
+    assert {node.node for node in report.audit.placed} >= {"a", "c"}
+
+
+def weights_of(proto: onnx.ModelProto) -> dict[str, NDArray[np.float32]]:
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
