@@ -258,7 +258,13 @@ class _QuantizationRun:
             folded = FoldedNetwork(self.model, self.plan, self.sketches, self.set_ranges)
             fed, parts = pictures.model_preprocessing, self._network.parts
             tuned = tune_ranges(folded, recipe, pictures.feed, fed, parts, self.reporter)
-            self.plan, self.set_ranges = tuned.folded.plan, tuned.folded.set_ranges
+            chosen = tuned.folded
+            self.model, self.plan, self.sketches, self.set_ranges = (
+                chosen.model,
+                chosen.plan,
+                chosen.sketches,
+                chosen.set_ranges,
+            )
             self.findings += tuned.findings
             self.precision = tuned.precision
 

@@ -414,7 +414,8 @@ def _conv_work(node: Node, out: tuple[int, ...]) -> tuple[str, float, float] | N
             return ("grey3" if side < 4 else "grey5"), outputs, macs
         return ("stem3" if side < 5 else "stem7"), outputs, macs
     if per_group == 1:
-        return ("depthwise3" if side < 4 else "depthwise5" if side < 6 else "depthwise7"), outputs, macs
+        sides = {1: "depthwise1", 2: "depthwise3", 3: "depthwise3", 4: "depthwise5", 5: "depthwise5"}
+        return sides.get(side, "depthwise7"), outputs, macs
     channels = math.sqrt(per_group * outputs / group)
     kind = "conv" if group == 1 else "grouped"
     return f"{kind}{1 if side == 1 else 3}", channels, macs
