@@ -502,6 +502,12 @@ quantize_options = combine_options(
         f"[default: {FLOAT_BUDGET}, with --tune-ranges; {PRECISE_SHARE} beside --candidate-activation-bits for others]",
     ),
     click.option(
+        "--scale-gates/--no-scale-gates",
+        default=False,
+        help="Scale the channels of the SiLU gates that make most of the noise at the outputs, each behind a depthwise "
+        "layer of its own, where that gains; the float network computes the same.",
+    ),
+    click.option(
         "--saturation-safe/--no-saturation-safe",
         default=None,
         help="7-bit weights where an x86 CPU without VNNI could overflow, for any picture; or never.  "

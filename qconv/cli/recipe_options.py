@@ -31,8 +31,9 @@ SAME_NAMED_FIELDS = (
     + ("max_drop", "target_size", "candidate_bits", "candidate_activation_bits", "save_layer_bits")
     + ("effort", "rounding")
     + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")
-    + ("target", "equalize", "tune_ranges", "tune_latency", "float_budget", "saturation_safe", "keep_float")
-    + ("keep_float_op", "opset", "embed_preprocessing", *GATE_OPTIONS, "threads", "task", "decode", *LABEL_OPTIONS)
+    + ("target", "equalize", "tune_ranges", "tune_latency", "float_budget", "scale_gates", "saturation_safe")
+    + ("keep_float", "keep_float_op", "opset", "embed_preprocessing", *GATE_OPTIONS, "threads", "task", "decode")
+    + LABEL_OPTIONS
 )  # fmt: skip
 """Options that `make_request` calls the same."""
 

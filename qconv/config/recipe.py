@@ -147,6 +147,10 @@ def check_target(recipe: Recipe) -> None:
         spent = recipe.high_precision is not None and (tuned or (tunable and recipe.divides_by_statistics))
         hint = "leave it out: it is spent with --tune-ranges, where a tensor may have more than 8 bits."
         require(bool(spent) or recipe.float_budget == 0, f"{told} with these options", hint)
+    if recipe.scale_gates:
+        hint = "leave it out: it goes by --tune-ranges, which looks at pictures, and is for activations of 2 to 8 bits."
+        searched = recipe.tune_ranges and min(recipe.bits_of_activations) <= 8
+        require(bool(searched), "--scale-gates with these options", hint)
     if recipe.saturation_safe is not None:
         option = "--saturation-safe" if recipe.saturation_safe else "--no-saturation-safe"
         require(
@@ -240,7 +244,8 @@ class Recipe:
     second-order, or nearest where no pictures are looked at again; it is never None after `with_data`, and before that
     only with `stats`. float_budget: the share of the time
     that may be spent on float where most of the noise comes from; None for FLOAT_BUDGET. For targets without costs, the
-    share of activations that may have more than 8 bits; None for PRECISE_SHARE. tune_latency: place layers by
+    share of activations that may have more than 8 bits; None for PRECISE_SHARE. scale_gates: scale
+    channels of loud gates, each behind a depthwise layer of its own, where outputs gain. tune_latency: place layers by
     times that are measured on this machine, see `tune`. embed_preprocessing: the layout of the uint8 pixels that the
     result takes and normalises by itself; None: it takes what the float network takes. data_free: no picture is looked
     at, BatchNormalization tells what tensors are like, see `told`. fallback: made-up
@@ -274,6 +279,7 @@ class Recipe:
     tune_ranges: bool | None = None
     tune_latency: bool = False
     float_budget: float | None = None
+    scale_gates: bool = False
     keep_float: tuple[str, ...] = ()
     keep_float_op: tuple[str, ...] = ()
     opset: int | None = None

@@ -108,7 +108,7 @@ def equalize_channels(
     The model computes what it did, up to rounding. Where its outputs would move more, nothing is done.
     """
     run = _Equalization.of(model, plan, feed, threads, EXACT_DB)
-    observers = _plan_observers(plan, run.groups, {candidate.result for candidate in run.candidates})
+    observers = plan_channel_observers(plan, run.groups, {candidate.result for candidate in run.candidates})
 
     def watch(seen: Sequence[Observer], batches: int | None = most) -> dict[str, ChannelRanges]:
         session = open_observed_session(model, seen, threads)
@@ -130,7 +130,7 @@ def equalize_without_data(
     may differ a little: a value that is hardly ever reached counts as never reached.
     """
     run = _Equalization.of(model, plan, feed, threads, NEAR_DB)
-    observers = _plan_observers(plan, run.groups, set())
+    observers = plan_channel_observers(plan, run.groups, set())
     if observers:
         observers += [Observer(candidate.result.name or "") for candidate in run.candidates]
     return run.equalize(observers, watched)
@@ -264,7 +264,7 @@ def _bound_descent(plan: Plan, groups: ScaleGroups, feed: DataLoader) -> tuple[i
     return most, [Skipped(STEP, cut[0], why)]
 
 
-def _plan_observers(plan: Plan, groups: ScaleGroups, low: Set[Value]) -> list[Observer]:
+def plan_channel_observers(plan: Plan, groups: ScaleGroups, low: Set[Value]) -> list[Observer]:
     """Observers of all quantized tensors and of the inputs of quantized layers. low: with minima as well."""
     read = dict.fromkeys(value for layer in plan.layers if (value := layer.node.inputs[0]) is not None)
     seen = dict.fromkeys(value for value in plan.activations if value in groups.of and not plan.copies(value))

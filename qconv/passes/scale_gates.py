@@ -18,6 +18,7 @@ import numpy as np
 
 from qconv.calibration.observer import ChannelRanges
 from qconv.ir.layers import INPUTS_FIRST, Float64, read_layer
+from qconv.ir.metadata import round_log_scale, write_equalization
 from qconv.ir.model import Model, Node, Value, rank
 from qconv.ir.operators import operator
 from qconv.ir.rewriting import standard_op_type
@@ -103,20 +104,27 @@ def choose_gate_scales(
         allowed[classes] = True
     lowest, highest = (np.where(allowed, bound, 0.0) for bound in log_scale_bounds(seen))
     found = choose_scales(groups, collect_noise_terms(model, plan, seen), lowest, highest)
-    chosen = {name: np.exp(found.u[classes]) for name, classes in zip(opened, of_gates, strict=True)}
+    u = round_log_scale(found.u)
+    chosen = {name: np.exp(u[classes]) for name, classes in zip(opened, of_gates, strict=True)}
     return {name: scales for name, scales in chosen.items() if np.any(scales != 1)}
 
 
-def scale_gates(model: Model, opened: Mapping[str, Node], scales: Mapping[str, Float64]) -> None:
-    """Divide the channels of x by these scales, (C,), by its name, and what goes with them alike.
+def scale_gates(model: Model, opened: Mapping[str, Node], scales: Mapping[str, Float64]) -> dict[str, Float64]:
+    """Divide the channels of x by these scales, (C,), by its name, and what goes with them alike, and record it.
 
-    Raises EditRefused, and changes nothing, where the weights would overflow float32.
+    Returns log s of the channels, (C,), of all tensors that are others now. Raises EditRefused, and changes nothing,
+    where the weights would overflow float32.
     """
     groups = find_scale_groups(model)
     own = np.ones(groups.fixed.size)
     for name, wanted in scales.items():
         own[groups.of[_data(opened[name])]] = wanted
-    apply_scales(model, groups, np.where(groups.fixed, 1.0, own))
+    own = np.where(groups.fixed, 1.0, own)
+    apply_scales(model, groups, own)
+    u = np.log(own)
+    moved = {value.name or "": u[classes] for value, classes in groups.of.items() if np.any(u[classes])}
+    write_equalization(model.inner.metadata_props, moved, {})
+    return moved
 
 
 def _data(layer: Node) -> Value:

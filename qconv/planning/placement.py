@@ -18,18 +18,15 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from qconv.config.data_options import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, CostTable, Target
 from qconv.ir.load import infer_shapes_at
-from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of
+from qconv.ir.model import Model, Node, Value, constant_array, dims
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
 from qconv.planning.min_cut import FlowNetwork
-from qconv.planning.plan import FASTER, Plan, data_inputs
-
-Shapes = Mapping[str, tuple[int, ...]]
+from qconv.planning.operator_costs import NodeCost, Shapes, look_up_cost, switch_cost
+from qconv.planning.plan import Plan, data_inputs
 
 FLOAT_MARGIN = 1.1
 """Factor by which float must be cheaper: a layer that is as fast either way is better in integers, which are small."""
@@ -47,10 +44,6 @@ LAYOUT_LOST_BY = frozenset(
 )
 """Operators on codes behind which ONNX Runtime works on the layout of the file, NCHW."""
 
-DEPTHWISE_BLOCK, DEPTHWISE_REST_FACTOR = 16, 1.8
-"""The integer kernel takes 16 channels at once. With a rest it takes longer than with as many more: 24 channels take
-1.5 times as long as 32. Measured on ONNX Runtime 1.32 with VNNI, kernels of 3 and 5; the table has whole blocks."""
-
 SILU_SHARE = 0.85
 """Time of x * Sigmoid(x) in float over that of Sigmoid and Mul: ONNX Runtime 1.32 makes one operator of both."""
 
@@ -60,23 +53,6 @@ EfficientNet-B0 with 38 of them 2.7, measured on ONNX Runtime 1.32."""
 
 NCHW_KINDS = {"MaxPool": "max_pool_nchw", "Transpose": "transpose_nchw"}
 """Operators whose time in integers hangs on the layout of the codes that they read, and their lines for NCHW."""
-
-STEM_CHANNELS = 4  # up to so many input channels a convolution is the first one
-
-
-@dataclass(frozen=True, slots=True)
-class NodeCost:
-    """Microseconds of one node in float and in integers."""
-
-    float_us: float
-    integer_us: float
-
-    measured: bool = False
-
-    def in_words(self) -> str:
-        """The reason in words why the node stays float."""
-        where = "measured here" if self.measured else "by the cost table"
-        return f"{FASTER}: {self.float_us:.0f} us against {self.integer_us:.0f} {where}"
 
 
 def is_placement_supported(recipe: Recipe, target: Target) -> bool:
@@ -217,7 +193,7 @@ class PlacementProblem:
         movable = [node for node in model.nodes() if node in plan.integer]  # in order: so are sums, to the last digit
         costs = {node: known.get(node.name or "") or look_up_cost(node, shapes, table) for node in movable}
         pairs = [*_settle_layouts(plan, shapes, table, costs), *_join_gates(model, costs)]
-        tensors = find_tensor_costs(model, plan, costs, lambda value: _switch_cost(value, shapes, table))
+        tensors = find_tensor_costs(model, plan, costs, lambda value: switch_cost(value, shapes, table))
         return cls(costs, tensors, pairs)
 
     def cautious(self) -> PlacementProblem:
@@ -378,74 +354,3 @@ def _skip_reshape(value: Value) -> Value:
 def _reads_data(node: Node, value: Value) -> bool:
     rule = QUANTIZATION_RULES.get(node.op_type)
     return rule is None or value in data_inputs(node, rule)
-
-
-def look_up_cost(node: Node, shapes: Shapes, table: CostTable, kind: str | None = None) -> NodeCost | None:
-    """The cost of a node by the table; None where it has none. kind: another line of the table than the node's own."""
-    found = _work_units(node, shapes)
-    if found is None or (kind or found[0]) not in table:
-        return None
-    own, channels, work = found
-    kind = kind or own
-    cost = _interpolate_cost(table[kind], channels, work)
-    if kind.startswith("depthwise") and channels > DEPTHWISE_BLOCK and channels % DEPTHWISE_BLOCK:
-        return replace(cost, integer_us=DEPTHWISE_REST_FACTOR * cost.integer_us)
-    return cost
-
-
-def _interpolate_cost(lines: Mapping[int, tuple[float, float, float, float]], channels: float, work: float) -> NodeCost:
-    """Interpolate a cost between the table's channels, linearly in their logarithm."""
-    known = np.log2(sorted(lines))
-    columns = np.array([lines[key] for key in sorted(lines)])
-    f_us, f_ns, i_us, i_ns = (float(np.interp(math.log2(max(channels, 1)), known, column)) for column in columns.T)
-    return NodeCost(f_us + f_ns * work / 1000, i_us + i_ns * work / 1000)
-
-
-def _switch_cost(value: Value, shapes: Shapes, table: CostTable) -> float:
-    """The time in us of one conversion: half of quantizing and dequantizing."""
-    shape = shapes.get(value.name or "")
-    if shape is None:
-        return 0.0
-    channels = shape[1] if len(shape) > 1 else 1
-    return _interpolate_cost(table["switch"], channels, math.prod(shape)).integer_us / 2
-
-
-def _work_units(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:
-    """The kind of a node in the table, its channels, and its units of work; None for unknown kinds."""
-    out = shapes.get(node.outputs[0].name or "")
-    weight = constant_array(input_of(node, 1))
-    if node.op_type in ("Gemm", "MatMul") and out is not None and weight is not None and weight.ndim == 2:
-        return "Gemm", math.sqrt(weight.size), math.prod(out[:-1]) * weight.size
-    if out is None or len(out) < 3:
-        return None
-    elements = math.prod(out)
-    if node.op_type == "Conv":
-        return _conv_work(node, out)
-    if node.op_type in ("Add", "Mul"):
-        sides = [value for value in node.inputs if value is not None]
-        if any(constant_array(value) is not None for value in sides):
-            return "mul_constant", out[1], elements
-        sizes = [math.prod(shapes.get(value.name or "", ())) for value in sides]
-        return ("mul_broadcast" if min(sizes) < elements else node.op_type), out[1], elements
-    if node.op_type in ("AveragePool", "MaxPool"):
-        return node.op_type, out[1], elements * math.prod(attribute(node, "kernel_shape", [3, 3])) / 9
-    return node.op_type, out[1], elements
-
-
-def _conv_work(node: Node, out: tuple[int, ...]) -> tuple[str, float, float] | None:
-    weight = constant_array(input_of(node, 1))
-    if weight is None:
-        return None
-    outputs, per_group, *kernel = weight.shape
-    group = attribute(node, "group", 1)
-    macs = math.prod(out) * per_group * math.prod(kernel)
-    side = max(kernel)
-    if group == 1 and per_group <= STEM_CHANNELS:
-        if per_group == 1:
-            return ("grey3" if side < 4 else "grey5"), outputs, macs
-        return ("stem3" if side < 5 else "stem7"), outputs, macs
-    if per_group == 1 and outputs == group:  # with more outputs a group there is no integer kernel of its own
-        return ("depthwise3" if side < 4 else "depthwise5" if side < 6 else "depthwise7"), outputs, macs
-    channels = math.sqrt(per_group * outputs / group)
-    kind = "conv" if group == 1 else "grouped"
-    return f"{kind}{1 if side == 1 else 3}", channels, macs

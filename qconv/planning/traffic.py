@@ -12,7 +12,8 @@ from math import prod
 
 from qconv.ir.model import Model, Node, Value, constant_array
 from qconv.ir.operators import QUANTIZATION_RULES
-from qconv.planning.placement import NodeCost, PlacementProblem, Shapes, find_tensor_costs
+from qconv.planning.operator_costs import NodeCost, Shapes
+from qconv.planning.placement import PlacementProblem, find_tensor_costs
 from qconv.planning.plan import Plan, data_inputs
 
 NARROW_BITS = 8

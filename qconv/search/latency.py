@@ -19,8 +19,8 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir import files, subgraph
 from qconv.ir.model import Model
+from qconv.planning.operator_costs import NodeCost
 from qconv.planning.placement import (
-    NodeCost,
     infer_run_shapes,
     place_all_in_float,
     place_by_cost_table,

@@ -29,9 +29,9 @@ from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.model import Model, Node
 from qconv.ir.subgraph import runnable_with_outputs
 from qconv.metrics.output_parts import Parts, measure_output_noise
+from qconv.planning.operator_costs import Shapes
 from qconv.planning.placement import (
     PlacementProblem,
-    Shapes,
     infer_run_shapes,
     is_placement_supported,
     select_cost_table,

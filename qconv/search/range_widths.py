@@ -80,7 +80,7 @@ def choose_range_width(
     tried: dict[float, float] = {}
     for width, ranges in wider.items():
         reporter.progress(STEP, len(tried), len(wider))
-        tried[width] = _measure(folded, recipe, calibrated | ranges, names, images, parts)
+        tried[width] = measure_noise(replace(folded, set_ranges=calibrated | ranges), recipe, names, images, parts)
     reporter.progress(STEP, len(tried), len(tried))
     best = min(tried, key=tried.__getitem__)
     if tried[best] >= LARGEST_RATIO * tried[0.0]:
@@ -106,17 +106,15 @@ def _blend(own: Range, whole: Range, width: float) -> Range:
     return float(low), float(high)
 
 
-def _measure(
-    folded: FoldedNetwork,
-    recipe: Recipe,
-    ranges: Mapping[str, Range],
-    names: Sequence[str],
-    images: PickedImages,
-    parts: Parts,
+def measure_noise(
+    folded: FoldedNetwork, recipe: Recipe, names: Sequence[str], images: PickedImages, parts: Parts
 ) -> float:
-    """The noise at the outputs with these ranges, over all images that the picked ones stand for."""
-    tried, wanted = replace(folded, set_ranges=ranges), with_fine_weights(recipe)
-    model = build_quantized_model(tried, wanted, round_to_nearest(tried, wanted).params)
+    """The noise at the outputs of the quantized network, over all images that the picked ones stand for.
+
+    Weights are rounded to the nearest of FINE_BITS. names: of the tensors that count. parts: of these.
+    """
+    wanted = with_fine_weights(recipe)
+    model = build_quantized_model(folded, wanted, round_to_nearest(folded, wanted).params)
     on_ort = TARGETS[recipe.target].on_ort
     own = [value.name or "" for value in find_judged_tensors(model)]  # within the network they have other names
     with runnable_with_outputs(model, own) as runnable:

@@ -24,6 +24,7 @@ from qconv.results.precision import PrecisionReport
 from qconv.search.activation_ranges import SEARCH_BUDGETS, RangeSearch, search_activation_ranges
 from qconv.search.candidate import FoldedNetwork
 from qconv.search.division import divide
+from qconv.search.gate_scaling import ScaledGates, scale_loud_gates
 from qconv.search.loudest_images import PickedImages, pick_images
 from qconv.search.precision_choice import DivisionCurve, HoldsGates, choose_division
 from qconv.search.range_widths import choose_range_width
@@ -64,6 +65,12 @@ def tune_ranges(
     images, apart = pick_images(folded.model, names, feed, counts, recipe.threads, parts)
 
     found = _search(folded, recipe, images, parts, reporter)
+    gates = ScaledGates(folded)
+    if recipe.scale_gates:
+        gates = scale_loud_gates(folded, recipe, feed, found, names, images, apart, parts)
+    if gates.folded is not folded:
+        folded = gates.folded
+        found = _search(folded, recipe, images, parts, reporter)
     tuned = replace(folded, set_ranges={**folded.set_ranges, **found.ranges})
     division = choose_division(tuned, recipe, fed, found.noises, names, apart, parts, reporter, holds_gates)
     divided = bool(division.wide) or division.floats != folded.plan.floats
@@ -74,7 +81,7 @@ def tune_ranges(
         folded = replace(folded, set_ranges=width.ranges)
         found = _search(folded, recipe, images, parts, reporter)
     ranges = {**folded.set_ranges, **found.ranges}
-    told = [*division.findings, *width.findings, *found.findings]
+    told = [*gates.findings, *division.findings, *width.findings, *found.findings]
     curve = None if division.curve is None else division.curve.with_ranges(ranges)
     return TunedRanges(replace(folded, set_ranges=ranges), told, division.report, curve)
 

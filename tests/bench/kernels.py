@@ -271,6 +271,7 @@ KINDS: dict[str, Kind] = {
     "Gemm": GEMM,
     "conv1": _dense(1),
     "conv3": _dense(3),
+    "depthwise1": _depthwise(1),
     "depthwise3": _depthwise(3),
     "depthwise5": _depthwise(5),
     "depthwise7": _depthwise(7),

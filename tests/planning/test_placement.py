@@ -15,13 +15,12 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, CostTable, Target, average_costs
 from qconv.ir.load import infer_shapes_at
 from qconv.ir.model import Model
+from qconv.planning.operator_costs import Shapes, look_up_cost
 from qconv.planning.placement import (
     PlacementProblem,
-    Shapes,
     choose_float_nodes,
     infer_run_shapes,
     is_placement_supported,
-    look_up_cost,
     place_by_cost_table,
 )
 from qconv.planning.plan import Plan
@@ -163,6 +162,7 @@ def test_layers_that_the_table_does_not_know_run_in_integers() -> None:
     [
         ("y = Conv(x, k)", {"k": (8, 8, 1, 1)}, "conv1", 64 * 64),
         (f"y = Conv<{SAME}>(x, k)", {"k": (8, 8, 3, 3)}, "conv3", 64 * 64 * 9),
+        ("y = Conv<group=8>(x, k)", {"k": (8, 1, 1, 1)}, "depthwise1", 8 * 64),
         (f"y = Conv<group=8, {SAME}>(x, k)", {"k": (8, 1, 3, 3)}, "depthwise3", 8 * 64 * 9),
         ("y = Conv<group=8, pads=[2,2,2,2]>(x, k)", {"k": (8, 1, 5, 5)}, "depthwise5", 8 * 64 * 25),
         ("y = Conv<group=8, pads=[3,3,3,3], strides=[2,2]>(x, k)", {"k": (8, 1, 7, 7)}, "depthwise7", 8 * 16 * 49),
@@ -182,7 +182,9 @@ def test_work_is_counted_in_multiplications(
 @pytest.mark.parametrize(("channels", "factor"), [(8, 1.0), (24, 1.8), (32, 1.0), (40, 1.8)])
 def test_a_rest_of_channels_is_slow_in_depthwise_layers(channels: int, factor: float) -> None:
     """The kernel takes blocks of 16 channels; in float nothing changes."""
-    model, _, shapes = planned(f"y = Conv<group={channels}>(x, k)", x=(1, channels, 1, 1), k=(channels, 1, 1, 1))
+    model, _, shapes = planned(
+        f"y = Conv<group={channels}, {SAME}>(x, k)", x=(1, channels, 1, 1), k=(channels, 1, 3, 3)
+    )
     cost = look_up_cost(model.nodes()[0], shapes, {"depthwise3": {8: (1.0, 0.0, 10.0, 0.0)}})
     assert cost is not None
     assert (cost.float_us, cost.integer_us) == (1.0, 10.0 * factor)

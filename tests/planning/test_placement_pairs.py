@@ -16,7 +16,8 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir.load import infer_shapes_at
 from qconv.ir.model import Node
-from qconv.planning.placement import SILU_SHARE, NodeCost, PlacementProblem
+from qconv.planning.operator_costs import NodeCost
+from qconv.planning.placement import SILU_SHARE, PlacementProblem
 from qconv.planning.planner import make_plan
 from qconv.runtime.session import Session
 from tests.support.models import ints, loaded, network

@@ -12,7 +12,8 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
 from qconv.ir.load import infer_shapes_at
 from qconv.ir.model import Node
-from qconv.planning.placement import NodeCost, PlacementProblem
+from qconv.planning.operator_costs import NodeCost
+from qconv.planning.placement import PlacementProblem
 from qconv.planning.planner import make_plan
 from qconv.planning.precision_curve import LEAST_TIME_STEP, PrecisionProblem, TensorNoise, find_rounding_nodes
 from tests.support.models import loaded, network

@@ -14,7 +14,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
-from qconv.planning.placement import NodeCost
+from qconv.planning.operator_costs import NodeCost
 from qconv.results.quantize import Report
 from qconv.runtime.benchmark import Benchmark, Timing, TimingConditions, detect_cpu
 from qconv.search import latency
