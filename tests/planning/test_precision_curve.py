@@ -44,7 +44,9 @@ def problem_of(costs: Costs, noises: Noises, rest: float = 0.0, switch: float = 
     table = {"switch": {8: (0.0, 0.0, switch, 0.0)}}
     placement = PlacementProblem.of(MODEL, PLAN, infer_shapes_at(MODEL, "x", (1, 3, 8, 8)), table, known)
     found = [TensorNoise(tuple(VALUES[letter] for letter in letters), noise) for letters, noise in noises.items()]
-    return PrecisionProblem.of(MODEL, PLAN, placement, found, rest)
+    problem = PrecisionProblem.of(MODEL, PLAN, placement, found)
+    problem.rest = rest
+    return problem
 
 
 def drawn(seed: int) -> tuple[PrecisionProblem, Noises]:
@@ -190,3 +192,12 @@ def test_a_curve_of_one_point() -> None:
     (point,) = problem.fastest(integers("cefy")).points
     assert (point.time, point.noise, point.sqnr_db) == (pytest.approx(7 / 5), 0, math.inf)
     assert problem.fastest(problem.whole).float_time == pytest.approx(403 / 5)
+
+
+def test_the_time_is_that_of_the_cpu_where_it_is_most() -> None:
+    """Twice and three times as long in float: 3, whatever both together are cut by."""
+    own = PlacementProblem(dict.fromkeys(PLAN.integer, NodeCost(1.0, 1.0)), [])
+    each = [PlacementProblem(dict.fromkeys(PLAN.integer, NodeCost(times, 1.0)), []) for times in (2.0, 3.0)]
+    problem = PrecisionProblem.of(MODEL, PLAN, own, [], each)
+    assert problem.describe(frozenset()).time == pytest.approx(3.0)
+    assert problem.describe(problem.whole).time == pytest.approx(1.0)
