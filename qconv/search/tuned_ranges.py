@@ -5,6 +5,8 @@
     3. one width for all ranges that the calibrator chose                   `range_widths`
     4. where 2 or 3 changed anything, 1 begins anew from there
 
+With `--scale-gates` loud gates are scaled after step 1 (`gate_scaling`), which then begins anew, too.
+
 Beside a loud tensor nothing else counts, and what a range gains hangs on where it starts.
 """
 
