@@ -184,7 +184,12 @@ def matmul_to_gemm(model: Model, node: Node) -> list[Change]:
 
 @each_node("simplify", "Div", "Sub")
 def divide_by_multiplying(model: Model, node: Node) -> list[Change]:
-    """Replace x / c by x * (1 / c), and x - c by x + (-c): Mul and Add have integer kernels, Div and Sub have none."""
+    """Replace x / c by x * (1 / c), and x - c by x + (-c): Mul and Add have integer kernels, Div and Sub have none.
+
+    Erf has none, either: x / sqrt(2) in front of it stays, by which ONNX Runtime knows a Gelu, and makes one operator.
+    """
+    if any(reader.op_type == "Erf" for reader in model.readers(node.outputs[0])):
+        return []
     data, numbers = data_input(node), constant_array(node.inputs[1])
     # Tensors with fewer than two axes may be sizes on their way to a Floor, where the last bit of a quotient counts.
     if numbers is None or numbers.dtype != np.float32 or (rank(data) or 0) < 2:

@@ -71,7 +71,7 @@ class PrecisionCurve:
 class PrecisionProblem:
     """The minimum cut of time and noise.
 
-    problem, cautious: of times, as they are and as they are trusted. cpus: of times on each class of CPU. whole: all
+    problem, cautious: of times, as they are and as they are trusted. cpus: of times on each class of CPU, as they are trusted. whole: all
     nodes that could run in integers. rounded: the nodes that round a tensor, and its noise. rest: noise that no
     division changes.
     """
@@ -99,7 +99,9 @@ class PrecisionProblem:
         """
         rounded = [(frozenset(find_rounding_nodes(model, plan, own.members)), own.noise) for own in noises]
         rounded = [own for own in rounded if own[0]]
-        return cls(problem, problem.cautious(), cpus or [problem], frozenset(plan.integer), rounded)
+        return cls(
+            problem, problem.cautious(), [own.cautious() for own in cpus or [problem]], frozenset(plan.integer), rounded
+        )
 
     def noise_of(self, integer: Set[Node]) -> float:
         """The noise at the outputs with these nodes in integers."""

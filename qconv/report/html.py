@@ -19,6 +19,7 @@ from typing import Any, Literal
 from qconv.errors import QconvError, format_bytes, format_count
 from qconv.report.text import format_trial_gain, format_trial_value
 from qconv.results.comparison import Comparison, Diagnosis, LayerComparison, Sweep, ValueStatistics
+from qconv.results.precision import PrecisionReport
 from qconv.results.quantize import Audit, FloatNode, group_float_nodes
 from qconv.results.sample_curve import SampleCurve, Spread, format_value
 from qconv.results.scores import SHARE, Metric, find_score
@@ -114,6 +115,7 @@ class Page:
         recipe: As JSON.
         changes: (step, what, how often).
         skipped: (where, why).
+        precision: The curve of time and noise that the division into integers and float was chosen on.
         diagnosis, sweep, synthesis, study: The result of the command, for its own section.
     """
 
@@ -134,6 +136,7 @@ class Page:
     recipe: str = ""
     changes: tuple[tuple[str, str, int], ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    precision: PrecisionReport | None = None
     diagnosis: Diagnosis | None = None
     sweep: Sweep | None = None
     synthesis: SynthesisResult | None = None
@@ -211,7 +214,8 @@ def _read_asset(name: str) -> str:
 
 
 def _has_charts(page: Page) -> bool:
-    return any(part is not None for part in (page.compared, page.sweep, page.synthesis, page.study))
+    drawn = (page.compared, page.precision, page.sweep, page.synthesis, page.study)
+    return any(part is not None for part in drawn)
 
 
 def _rank_layers(compared: Comparison) -> list[tuple[int, LayerComparison]]:
@@ -237,6 +241,7 @@ def _chart_data(page: Page) -> dict[str, Any]:
     return {
         "layers": [] if compared is None else [_layer_data(row) for row in compared.layers],
         "worst": _rank_layers(compared)[0][0] if compared is not None and compared.layers else None,
+        "precision": None if page.precision is None else _precision_data(page.precision),
         "sweep": None if sweep is None else _sweep_data(sweep),
         "synthesis": None if page.synthesis is None else _synthesis_data(page.synthesis),
         "study": None if page.study is None else _study_data(page.study),
@@ -270,6 +275,20 @@ def _values_data(values: ValueStatistics | None) -> dict[str, Any] | None:
         "edges": [_round_number(edge) for edge in values.bars.edges],
         "counts": list(values.bars.counts),
     }
+
+
+def _precision_data(curve: PrecisionReport) -> dict[str, Any]:
+    points = [
+        {
+            "time": _round_number(point.time),
+            "db": _round_number(point.corrected_db),
+            "nodes": point.nodes,
+            "measured": point.measured_db is not None,
+            "chosen": point.chosen,
+        }
+        for point in curve.points
+    ]
+    return {"float": _round_number(curve.float_time), "points": points}
 
 
 def _sweep_data(sweep: Sweep) -> dict[str, Any]:

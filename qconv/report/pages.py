@@ -96,6 +96,7 @@ def make_quantize_page(
         recipe=json.dumps(report.recipe, indent=1),
         changes=count_changes(report.findings),
         skipped=tuple((f.where, f.why) for f in report.findings if isinstance(f, Skipped)),
+        precision=None if report.precision is None or len(report.precision.points) < 2 else report.precision,
     )
 
 

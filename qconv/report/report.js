@@ -139,6 +139,39 @@
     }), config);
   }
 
+  function drawPrecision() {
+    const { float, points } = data.precision;
+    const words = (point) =>
+      `${rounded(point.time)} of the time, ${decibel(point.db)} ${point.measured ? "measured" : "predicted"}<br>` +
+      `${point.nodes} node${point.nodes === 1 ? "" : "s"} in float`;
+    const marks = (name, kept, color, symbol, size) => {
+      const some = points.filter((point) => point.db !== null && kept(point));
+      return {
+        x: some.map((point) => point.time), y: some.map((point) => point.db), name, type: "scatter", mode: "markers", cliponaxis: false,
+        marker: { size, symbol, color: style(color), line: { width: 2, color: style(color) } }, hovertext: some.map(words), hoverinfo: "text",
+      };
+    };
+    const sorted = points.filter((point) => point.db !== null).sort((a, b) => a.time - b.time);
+    const line = {
+      x: sorted.map((point) => point.time), y: sorted.map((point) => point.db), type: "scatter", mode: "lines", hoverinfo: "skip", showlegend: false,
+      line: { color: style("--line"), width: 1.5 },
+    };
+    const ends = [...points.map((point) => point.time), float];
+    const [low, high] = [Math.min(...ends), Math.max(...ends)];
+    const room = 0.05 * (high - low) || 0.05;
+    Plotly.react(at("precision-chart"), [
+      line,
+      marks("predicted", (point) => !point.measured && !point.chosen, "--float", "circle-open", 9),
+      marks("measured", (point) => point.measured && !point.chosen, "--first", "circle", 9),
+      marks("taken", (point) => point.chosen, "--second", "diamond", 13),
+    ], layout({
+      xaxis: axis("time of a run, over that of all in integers", { fixedrange: true, zeroline: false, range: [low - room, high + room] }),
+      yaxis: axis("SQNR, dB", { fixedrange: true, zeroline: false }), hovermode: "closest",
+      shapes: [{ type: "line", xref: "x", yref: "paper", x0: float, x1: float, y0: 0, y1: 1, line: { color: style("--float"), width: 1.2, dash: "dash" } }],
+      annotations: [{ x: float, y: 0.04, yref: "paper", text: "all in float", showarrow: false, xanchor: float > (low + high) / 2 ? "right" : "left" }],
+    }), config);
+  }
+
   function drawSynthesis() {
     const { loss, layers } = data.synthesis;
     const line = (name, x, y, color, told) => ({
@@ -198,6 +231,7 @@
 
   function draw() {
     if (picked !== null) pick(picked);
+    if (data.precision) drawPrecision();
     if (data.sweep) drawSweep();
     if (data.synthesis) drawSynthesis();
     if (data.study) drawStudy();

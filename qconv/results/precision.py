@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qconv.config.choices import FLOAT_BITS
+from qconv.errors import format_count
 
 FOR_ACCURACY = "accuracy"
 """What the reason of a node begins with that is in float for accuracy."""
@@ -118,6 +119,16 @@ class PrecisionReport:
         """What the division that was taken gains, and for what: the reason of the nodes that it leaves in float."""
         spent = f"{self.spent:.0%} of the time" if self.spent >= LEAST_TOLD else "no time"
         return f"{self.gained_db:.1f} dB for {spent}"
+
+    @property
+    def conclusion(self) -> str:
+        """What was taken, in a sentence."""
+        first, own = self.points[0], self.chosen
+        before = f"The division by times alone has {first.corrected_db:.1f} dB"
+        if own is first:
+            return f"{before}, and was taken: no other one that may be taken gains enough."
+        left = format_count(own.nodes, "node")
+        return f"{before}. With {left} in float it is {own.corrected_db:.1f} dB: {self.in_words}."
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""

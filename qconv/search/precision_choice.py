@@ -54,8 +54,10 @@ from qconv.search.range_widths import with_fine_weights
 
 STEP = "precision"
 
-POOR_DB, ENOUGH_DB, LEAST_GAIN_DB = 20.0, 24.0, 2.0
-"""SQNR below which time is spent, up to which, and what that has to gain at least."""
+ENOUGH_DB, LEAST_GAIN_DB = 24.0, 2.0
+"""SQNR up to which time is spent, and what that has to gain at least."""
+
+POOR_DB = ENOUGH_DB - LEAST_GAIN_DB
 
 MOST_NAMED = 3
 """Nodes that are named where there are more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -46,6 +48,7 @@ from qconv.results.comparison import (
     Sweep,
     ValueStatistics,
 )
+from qconv.results.precision import PrecisionPoint, PrecisionReport
 from qconv.results.quantize import Audit, FloatNode, LayerTime, OutputScore
 from qconv.results.sample_curve import CurvePoint, SampleCurve
 from qconv.results.scores import BOXES, Score
@@ -53,6 +56,7 @@ from qconv.results.trials import Trial
 from qconv.runtime.session import Session
 from tests.support.browser import Browser
 from tests.support.libraries import runner
+from tests.support.loud import loud, write_samples
 from tests.support.scores import scores
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +87,19 @@ def rows(count: int, name: str) -> tuple[LayerComparison, ...]:
         made[3], sqnr_db=None, added_sqnr_db=None, cosine=None, output_share=None, values=None, weights=None
     )
     return tuple(made)
+
+
+CURVE = PrecisionReport(
+    (
+        PrecisionPoint(1.0, 9.04, 10.0, 10.0, 0),
+        PrecisionPoint(1.04, 15.5, 16.2, 16.2, 2, chosen=True),
+        PrecisionPoint(1.5, 40.0, 40.5, None, 9),
+        PrecisionPoint(1.6, math.inf, math.inf, None, 10),
+    ),
+    1.7,
+    16,
+    apart=True,
+)
 
 
 def whole(name: str = "node", layers: int = 20) -> Page:
@@ -119,6 +136,7 @@ def whole(name: str = "node", layers: int = 20) -> Page:
         command=f"qconv quantize {name}",
         recipe=json.dumps({"keep_float": [name]}),
         changes=(("fold", name, 3),),
+        precision=CURVE,
         skipped=((name, name),),
         diagnosis=Diagnosis(name, 64, True, causes, trials, trials[1], name, name),
         sweep=Sweep(name, 400_000, 3.0, 64, False, trials, (name,) * 4),
@@ -220,8 +238,25 @@ def test_a_page_has_only_the_parts_that_it_is_given() -> None:
     assert len(html.render_page(Page("m.onnx", "", (), "Fine.", "1"))) < 50_000  # it has no chart, and no plotly.js
     full = Tree(html.render_page(whole()).decode())
     assert [attrs["id"] for tag, attrs in full.tags if tag == "section"] == [
-        *("warnings", "diagnosis", "sweep", "layers", "integers", "pictures", "changes", "again")
+        *("warnings", "diagnosis", "sweep", "precision", "layers", "integers", "pictures", "changes", "again")
     ]
+
+
+def test_the_curve_is_told_without_a_script() -> None:
+    """The sentence and a row for each point; the chart gets what has a number."""
+    page = Page("m.onnx", "", (), "Fine.", "1", precision=CURVE)
+    tree = Tree(html.render_page(page).decode())
+    assert [attrs["id"] for tag, attrs in tree.tags if tag == "section"] == ["precision"]
+    assert CURVE.conclusion in tree.visible
+    assert "measured on 16 pictures, which nothing else was chosen on" in tree.visible
+    assert "by times alone 0 1.000 10.0 10.0 9.0" in tree.visible
+    assert "1 taken 2 1.040 16.2 16.2 15.5" in tree.visible
+    assert "2 9 1.500 40.5 40.0" in tree.visible
+    assert [attrs.get("class") for tag, attrs in tree.tags if tag == "tr"].count("best") == 1
+    assert tree.data["precision"]["float"] == 1.7
+    points = tree.data["precision"]["points"]
+    assert [point["db"] for point in points] == [10.0, 16.2, 40.5, None]
+    assert [point["measured"] for point in points] == [True, True, False, False]
 
 
 def test_numbers_that_json_lacks_leave_gaps() -> None:
@@ -396,6 +431,18 @@ def test_quantize_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.onnx", "report.html"]
 
 
+def test_a_page_has_a_curve_where_more_than_one_division_was_looked_at(tmp_path: Path) -> None:
+    samples, page = write_samples(tmp_path / "samples"), tmp_path / "r.html"
+    for common, sections in ((20.0, []), (120.0, ["precision"])):
+        onnx.save(loud(common), tmp_path / "m.onnx")
+        options = ("--effort", "fast", "--tune-ranges", "-q", "-o", tmp_path / "q.onnx")
+        done = command("quantize", tmp_path / "m.onnx", "--calib", samples, *options, "--report", page)
+        assert done.exception is None
+        tree = Tree(page.read_text("utf-8"))
+        assert [attrs["id"] for tag, attrs in tree.tags if attrs.get("id") == "precision"] == sections
+        assert ("dB for no time" in tree.visible) is bool(sections)
+
+
 def test_a_gate_that_fell_short_comes_first(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     done = command("quantize", CIFAR, *QUICK, "-o", tmp_path / "a.onnx", "--min-sqnr", 99, "--report", page)
@@ -566,6 +613,17 @@ def test_recipes_can_be_looked_at_from_four_sides(chromium: Browser, drawn: Path
                 "s.dispatchEvent(new Event('change'))"
             )
         until(chromium, f"document.getElementById('sweep-chart').textContent.includes('{titles}')")
+    assert chromium.complaints() == []
+
+
+def test_every_division_with_a_number_is_a_mark(chromium: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "curve.html"
+    page.write_bytes(html.render_page(Page("m.onnx", "", (), "Fine.", "1", precision=CURVE)))
+    chromium.open(page, 390)
+    until(chromium, "document.querySelectorAll('#precision-chart .points .point').length === 3")
+    text = chromium.run("return document.getElementById('precision-chart').textContent")
+    for name in ("predicted", "measured", "taken", "all in float"):
+        assert name in text
     assert chromium.complaints() == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -22,6 +23,14 @@ def test_gain_and_expense_are_over_the_fastest() -> None:
     assert REPORT.gained_db == pytest.approx(6.2)
     assert REPORT.spent == pytest.approx(0.04)
     assert REPORT.in_words == "6.2 dB for 4% of the time"
+
+
+def test_the_conclusion_is_a_sentence() -> None:
+    before = "The division by times alone has 10.0 dB"
+    assert REPORT.conclusion == f"{before}. With 2 nodes in float it is 16.2 dB: 6.2 dB for 4% of the time."
+    points = (replace(POINTS[0], chosen=True), replace(POINTS[1], chosen=False))
+    told = f"{before}, and was taken: no other one that may be taken gains enough."
+    assert PrecisionReport(points, 1.7, 16, apart=True).conclusion == told
 
 
 @pytest.mark.parametrize("time", [0.93, 1.0, 1.004])

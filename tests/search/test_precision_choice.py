@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from numpy.typing import NDArray
 
 from qconv.auditing.audit import audit_file
 from qconv.config.data_options import DataOptions
@@ -23,7 +22,7 @@ from qconv.planning.precision_curve import Division, PrecisionCurve
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
 from qconv.search.precision_choice import CurveSearch
-from tests.support.models import network
+from tests.support.loud import SHAPE, loud, write_samples
 
 # -- the rule, on curves made up ---------------------------------------------------------------------------------------
 
@@ -150,39 +149,10 @@ def test_what_was_measured_is_told_as_it_was() -> None:
 
 # -- a network with one loud tensor ------------------------------------------------------------------------------------
 
-SAME = "pads=[1,1,1,1]"
-BODY = f"""a = Conv(x, w, k) b = Relu(a) c = Conv(b, d) e = Conv<{SAME}>(c, p) f = Relu(e)
-           g = Conv<{SAME}>(f, q) h = Relu(g) y = Conv<{SAME}>(h, r)"""
-
-
-def loud(common: float) -> onnx.ModelProto:
-    """c has differences of channels of b, all of which have `common` in common; the layers behind take most time."""
-    rng = np.random.default_rng(0)
-
-    def weights(*shape: int) -> NDArray[np.float32]:
-        return rng.normal(size=shape).astype(np.float32) / np.float32(np.sqrt(np.prod(shape[1:])))
-
-    pairs = np.zeros((8, 16, 1, 1), np.float32)
-    pairs[range(8), range(0, 16, 2)], pairs[range(8), range(1, 16, 2)] = 1, -1
-    return network(
-        BODY,
-        ("N", 3, 24, 24),
-        w=weights(16, 3, 1, 1),
-        k=np.full(16, common, np.float32),
-        d=pairs,
-        p=weights(32, 8, 3, 3),
-        q=weights(64, 32, 3, 3),
-        r=weights(64, 64, 3, 3),
-    )
-
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("samples")
-    for number in range(24):
-        x = np.random.default_rng(number).normal(size=(3, 24, 24)).astype(np.float32)
-        np.save(folder / f"{number:02}.npy", x)
-    return folder
+    return write_samples(tmp_path_factory.mktemp("loud") / "samples")
 
 
 RECIPE = Recipe(threads=1, effort="fast", equalize=False, tune_ranges=True)
@@ -197,7 +167,7 @@ def run_on(proto: onnx.ModelProto, samples: Path, recipe: Recipe = RECIPE) -> tu
 
 def sqnr_apart(proto: onnx.ModelProto, result: bytes) -> float:
     """On images that nobody has seen."""
-    x = np.random.default_rng(99).normal(size=(4, 3, 24, 24)).astype(np.float32)
+    x = np.random.default_rng(99).normal(size=(4, *SHAPE)).astype(np.float32)
     (want,), (got,) = (Session(data, threads=1).run(["y"], {"x": x}) for data in (proto.SerializeToString(), result))
     return float(10 * np.log10(np.sum(want**2) / np.sum((want - got) ** 2)))
 
@@ -275,12 +245,8 @@ def test_the_same_run_says_the_same(mended: tuple[Report, bytes], samples: Path)
 
 def test_what_a_selection_reads_is_measured_in_the_quantized_network(samples: Path) -> None:
     """The Relu that NonZero reads is absorbed there: the tensor has another name."""
-    proto = network(f"{BODY} s = Relu(y) z = NonZero(s)", ("N", 3, 24, 24), ("z",), **weights_of(loud(120.0)))
+    proto = loud(120.0, "s = Relu(y) z = NonZero(s)", "z")
     report, _ = run_on(proto, samples)
     assert report.precision is not None
     assert report.precision.chosen.measured_db is not None
     assert {node.node for node in report.audit.placed} >= {"a", "c"}
-
-
-def weights_of(proto: onnx.ModelProto) -> dict[str, NDArray[np.float32]]:
-    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
