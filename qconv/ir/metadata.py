@@ -166,8 +166,7 @@ def write_metadata(
 ) -> None:
     """Recipe, preprocessing and version travel in the file; nothing that differs from run to run does.
 
-    recipe: as its `as_dict` gives it. placed: names of nodes that are in float by choice, each with the reason.
-    made_from: hash of the float model.
+    recipe: as its `as_dict` gives it. placed: nodes in float by choice, and why. made_from: the float model's hash.
     """
     set_ir_version(model)
     carried = {VERSION_KEY: version, RECIPE_KEY: json.dumps(recipe, sort_keys=True)}

@@ -71,9 +71,9 @@ class PrecisionCurve:
 class PrecisionProblem:
     """The minimum cut of time and noise.
 
-    problem, cautious: of times, as they are and as they are trusted. cpus: of times on each class of CPU, as they are trusted. whole: all
-    nodes that could run in integers. rounded: the nodes that round a tensor, and its noise. rest: noise that no
-    division changes.
+    problem, cautious: of times, as they are and as they are trusted. cpus: of times on each class of CPU, as they are
+    trusted. whole: all nodes that could run in integers. rounded: the nodes that round a tensor, and its noise. rest:
+    noise that no division changes.
     """
 
     problem: PlacementProblem

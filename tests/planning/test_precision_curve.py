@@ -122,31 +122,32 @@ def test_no_division_lies_below_the_curve(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_points_are_told_by_true_times(seed: int) -> None:
-    """Without the factor by which float has to be cheaper."""
+def test_points_are_told_by_times_as_they_are_trusted(seed: int) -> None:
+    """With the factor by which float has to be cheaper: what is promised of a division should hold."""
     problem, _ = drawn(seed)
     curve = problem.find_curve(problem.divide(0.0))
     whole = problem.problem.time(integers("acefy"))
     for point in curve.points:
-        assert point.time == pytest.approx(problem.problem.time(point.integer) / whole)
-    assert curve.float_time == pytest.approx(problem.problem.time(frozenset()) / whole)
+        own = problem.problem.costs
+        floats = sum(own[node].float_us for node in integers("acefy") - point.integer)
+        assert point.time == pytest.approx((problem.problem.time(point.integer) + 0.1 * floats) / whole)
 
 
 # -- by hand -----------------------------------------------------------------------------------------------------------
 
 DEAR: Costs = {**dict.fromkeys("cefy", (100.0, 1.0)), "a": (3.0, 1.0)}
-"""5 us in integers, 403 in float; the first layer costs 2 more there, the others 99 each."""
+"""5 us in integers, 403 in float; the first layer costs 2 more there, the others 99 each. A tenth is added to all."""
 
 
 def test_a_curve_by_hand() -> None:
-    """x hangs on a alone, and y on y: 5, 7 and 106 us, with 0.101, 0.011 and 0.001 of noise."""
+    """x hangs on a alone, and y on y: 5, 7.3 and 116.3 us, with 0.101, 0.011 and 0.001 of noise."""
     problem = problem_of(DEAR, {"x": 0.09, "y": 0.01}, rest=0.001)
     curve = problem.find_curve(problem.whole)
     assert [point.integer for point in curve.points] == [integers("acefy"), integers("cefy"), integers("cef")]
-    assert [point.time for point in curve.points] == pytest.approx([1, 7 / 5, 106 / 5])
+    assert [point.time for point in curve.points] == pytest.approx([1, 7.3 / 5, 116.3 / 5])
     assert [point.noise for point in curve.points] == pytest.approx([0.101, 0.011, 0.001])
     assert [point.sqnr_db for point in curve.points] == pytest.approx([9.957, 19.586, 30], abs=0.001)
-    assert curve.float_time == pytest.approx(403 / 5)
+    assert curve.float_time == pytest.approx(1.1 * 403 / 5)
 
 
 def test_tensors_that_share_a_range_are_loud_once() -> None:
@@ -174,7 +175,7 @@ def test_the_first_point_is_the_division_by_times_alone() -> None:
     problem = problem_of({**DEAR, "a": (0.5, 1.0)}, {"x": 0.09, "y": 0.01}, rest=0.001)
     curve = problem.find_curve(problem.whole)
     assert [point.integer for point in curve.points] == [integers("acefy"), integers("cefy"), integers("cef")]
-    assert [point.time for point in curve.points] == pytest.approx([1, 4.5 / 5, 103.5 / 5])
+    assert [point.time for point in curve.points] == pytest.approx([1, 4.55 / 5, 113.55 / 5])
     by_times = problem.find_curve(integers("cefy"))
     assert [point.integer for point in by_times.points] == [integers("cefy"), integers("cef")]
 
@@ -190,14 +191,14 @@ def test_what_is_no_less_noisy_is_no_point() -> None:
 def test_a_curve_of_one_point() -> None:
     problem = problem_of(DEAR, {"x": 0.1}, rest=0.0)
     (point,) = problem.fastest(integers("cefy")).points
-    assert (point.time, point.noise, point.sqnr_db) == (pytest.approx(7 / 5), 0, math.inf)
-    assert problem.fastest(problem.whole).float_time == pytest.approx(403 / 5)
+    assert (point.time, point.noise, point.sqnr_db) == (pytest.approx(7.3 / 5), 0, math.inf)
+    assert problem.fastest(problem.whole).float_time == pytest.approx(1.1 * 403 / 5)
 
 
 def test_the_time_is_that_of_the_cpu_where_it_is_most() -> None:
-    """Twice and three times as long in float: 3, whatever both together are cut by."""
+    """Twice and three times as long in float: 3, and a tenth for want of trust, whatever both together are cut by."""
     own = PlacementProblem(dict.fromkeys(PLAN.integer, NodeCost(1.0, 1.0)), [])
     each = [PlacementProblem(dict.fromkeys(PLAN.integer, NodeCost(times, 1.0)), []) for times in (2.0, 3.0)]
     problem = PrecisionProblem.of(MODEL, PLAN, own, [], each)
-    assert problem.describe(frozenset()).time == pytest.approx(3.0)
+    assert problem.describe(frozenset()).time == pytest.approx(1.1 * 3.0)
     assert problem.describe(problem.whole).time == pytest.approx(1.0)
