@@ -492,8 +492,8 @@ quantize_options = combine_options(
         "--float-budget",
         type=float,
         metavar="0..1",
-        help="Share of the time that may be spent on float around the tensors that make most of the noise at the "
-        f"outputs; 0 for none.  [default: {FLOAT_BUDGET}, with --tune-ranges]",
+        help="Share of the all-integer time that may be spent on float for accuracy; 0 for none.  "
+        f"[default: {FLOAT_BUDGET}, with --tune-ranges]",
     ),
     click.option(
         "--saturation-safe/--no-saturation-safe",

@@ -237,8 +237,8 @@ class Recipe:
     afterwards. tune_ranges: choose ranges of activations by what the outputs lose, see `ranges`; None: where there are
     pictures, unless effort is fast or a calibrator is given; it is never None afterwards. rounding: None for
     second-order, or nearest where no pictures are looked at again; it is never None after `with_data`, and before that
-    only with `stats`. float_budget: the share of the time
-    that may be spent on float where most of the noise comes from; None for FLOAT_BUDGET. tune_latency: place layers by
+    only with `stats`. float_budget: the share of the all-integer time
+    that may be spent on float for accuracy; None for FLOAT_BUDGET. tune_latency: place layers by
     times that are measured on this machine, see `tune`. embed_preprocessing: the layout of the uint8 pixels that the
     result takes and normalises by itself; None: it takes what the float network takes. data_free: no picture is looked
     at, BatchNormalization tells what tensors are like, see `told`. fallback: made-up
