@@ -124,7 +124,7 @@ def test_lines_of_the_summary_are_explained() -> None:
     (block,) = blocks("console")
     names = dict.fromkeys(line[:12].strip() for line in block.splitlines()[1:])
     rows = re.findall(r"^\| `([\w ]+)` \|", PAGES[MANUAL / "quantize.md"], re.MULTILINE)
-    assert rows == list(names)
+    assert [row for row in rows if row in names] == list(names)  # some networks have more lines
 
 
 # -- tables are those of the code --------------------------------------------------------------------------------------

@@ -242,8 +242,8 @@ class Recipe:
     afterwards. tune_ranges: choose ranges of activations by what the outputs lose, see `ranges`; None: where there are
     pictures, unless effort is fast or a calibrator is given; it is never None afterwards. rounding: None for
     second-order, or nearest where no pictures are looked at again; it is never None after `with_data`, and before that
-    only with `stats`. float_budget: the share of the time
-    that may be spent on float where most of the noise comes from; None for FLOAT_BUDGET. For targets without costs, the
+    only with `stats`. float_budget: the share of the all-integer
+    time that may be spent on float for accuracy; None for FLOAT_BUDGET. For targets without costs, the
     share of activations that may have more than 8 bits; None for PRECISE_SHARE. scale_gates: scale
     channels of loud gates, each behind a depthwise layer of its own, where outputs gain. tune_latency: place layers by
     times that are measured on this machine, see `tune`. embed_preprocessing: the layout of the uint8 pixels that the
