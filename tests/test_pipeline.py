@@ -23,7 +23,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.metrics import comparison
-from qconv.pipeline import quantize as pipeline_quantize
+from qconv.pipeline import checks
 from qconv.pipeline.quantize import quantize
 from qconv.report.console import show_report
 from qconv.reporter import Reporter
@@ -534,7 +534,7 @@ def test_a_result_that_is_slower_than_float_is_told(
     real = comparison.verify
     middle = None if span is None else sum(span) / 2
     timed = {"slowdown": middle, "slowdown_range": span}
-    monkeypatch.setattr(pipeline_quantize, "verify", lambda *args: replace(real(*args), **timed))
+    monkeypatch.setattr(checks, "verify", lambda *args: replace(real(*args), **timed))
     report, _ = quantized(deep(), Recipe(), DataOptions((pictures,)))
     said = [text for text in report.warnings if "as long as the float one" in text]
     assert len(said) == bool(told)
@@ -560,7 +560,7 @@ def test_a_result_of_which_little_is_left_is_told(
 ) -> None:
     real = comparison.verify
     found = (OutputScore("y", scores(sqnr, agreement)),)
-    monkeypatch.setattr(pipeline_quantize, "verify", lambda *args: replace(real(*args), outputs=found))
+    monkeypatch.setattr(checks, "verify", lambda *args: replace(real(*args), outputs=found))
     report, _ = quantized(deep(), Recipe(effort="fast"), DataOptions((pictures,)))
     warned = [text for text in report.warnings if "of the float model:" in text or "from the float model:" in text]
     assert len(warned) == bool(told)

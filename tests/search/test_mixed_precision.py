@@ -406,7 +406,6 @@ def test_the_result_does_not_depend_on_the_run(pictures: Path) -> None:
         ({"target_size": 0.2, "candidate_bits": (4, 9)}, "--candidate-bits 4,9"),
         ({"target_size": 0.2, "candidate_bits": (16,), "target": "openvino"}, "--candidate-bits 16"),
         ({"candidate_bits": (4, 8)}, "--candidate-bits without a search"),
-        ({"save_layer_bits": "x"}, "--save-layer-bits without a search"),
         ({"target_size": 0.2, "calib": (), "stats": "s"}, "without pictures"),
         ({"target_size": 0.2, "tune_latency": True}, "--tune-latency with a search"),
         ({"target_size": 0.2, "weight_bits": 4}, "--weight-bits 4 with a search"),
