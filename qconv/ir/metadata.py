@@ -240,8 +240,7 @@ def read_preprocessing(props: Mapping[str, str]) -> PreprocessingOptions | None:
 
 
 def read_float_preprocessing(props: Mapping[str, str]) -> PreprocessingOptions | None:
-    """The same for the float network that the file was made from, which takes normalized images where this takes
-    pixels."""
+    """The same for the float network that the file was made from, which may be fed other than the file itself."""
     try:
         found = _parse_preprocessing(props)
     except OddMetadataError:

@@ -37,7 +37,7 @@ def test_the_main_job(tmp_path: Path) -> None:
 
 
 KEYS = """schema version output float recipe preprocessing size opset ir_version needs outputs verify audit gates mixed
-          warnings time peak_rss_mb changes skipped tensors"""
+          precision warnings time peak_rss_mb changes skipped tensors"""
 
 
 @pytest.mark.parametrize("paged", [False, True])

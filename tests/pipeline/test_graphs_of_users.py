@@ -228,14 +228,14 @@ def weights_on_the_way() -> onnx.ModelProto:
 
 
 CASES: dict[Callable[[], onnx.ModelProto], float] = {
-    clips_of_every_form: 39.0,
+    clips_of_every_form: 36.0,
     concats_of_one: 33.0,
-    functions_in_functions: 66.0,
+    functions_in_functions: 42.0,
     half_between_casts: 53.0,
     products_of_every_form: 52.0,
     weights_on_the_way: 60.0,
 }
-"""Networks, and the least SQNR in dB of any output."""
+"""Networks, and the least SQNR in dB of any output, whatever the table of costs leaves in float."""
 
 
 @pytest.mark.parametrize("build", CASES, ids=lambda build: build.__name__)
