@@ -344,7 +344,8 @@ class Recipe:
     def divides_by_statistics(self) -> bool:
         """Whether what stays in float for accuracy is chosen by calibration's statistics, from their histograms."""
         watched = self.calibrator == FEW_BITS_CALIBRATOR and self.stats is None and not self.data_free
-        return watched and self.effort == "fast" and not self.tune_ranges
+        wanted = self.high_precision is not None and self.float_budget != 0
+        return watched and wanted and self.effort == "fast" and not self.tune_ranges
 
     def bits_of(self, name: str) -> LayerBits:
         """What `layer_bits` says of the layer of this name: its first glob that matches."""

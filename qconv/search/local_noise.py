@@ -53,8 +53,9 @@ def divide_by_statistics(
     parts = add_selected_parts(parts, folded.model)
     noises = estimate_noises(folded, recipe)
     found = choose_division(folded, recipe, fed, noises, names, images, parts, reporter, holds_gates)
-    divided = divide(folded, floats=found.floats, wide=found.wide)
-    return TunedRanges(divided, found.findings, found.report, found.curve)
+    if found.wide or found.floats != folded.plan.floats:
+        folded = divide(folded, floats=found.floats, wide=found.wide)
+    return TunedRanges(folded, found.findings, found.report, found.curve)
 
 
 def estimate_noises(folded: FoldedNetwork, recipe: Recipe) -> list[TensorNoise]:

@@ -24,8 +24,8 @@ STEP = "read again"
 FEW_NUMBERS = 64
 """Numbers of an image's outputs up to which a few images tell little."""
 
-APART_EVERY = 4
-"""One of so many images may be set apart."""
+FEWEST_APART = 4
+"""Batches from which on what was not picked tells enough by itself."""
 
 Float64 = NDArray[np.float64]
 
@@ -35,13 +35,14 @@ class PickedImages:
     """Batches of images, the loudest first, then others in the order in which they are read.
 
     weights: the number of batches that each stands for. clean: what the float network says of each, tensor by tensor.
-    few_numbers: whether that is up to FEW_NUMBERS for an image.
+    few_numbers: whether that is up to FEW_NUMBERS for an image. apart: whether nothing is chosen on them.
     """
 
     feeds: Sequence[Batch]
     weights: Sequence[float]
     clean: Sequence[Sequence[NDArray[Any]]]
     few_numbers: bool = False
+    apart: bool = False
 
     @property
     def count(self) -> int:
@@ -59,9 +60,9 @@ def pick_images(
 ) -> tuple[PickedImages, PickedImages]:
     """Run the float network on all images, pick the loudest ones and others, and set some apart before.
 
-    names: of the tensors that count. counts: how many images are loud, are others, and are set apart: evenly by their
-    loudness, one of APART_EVERY at most; where outputs are few numbers, all others, too. Outputs of all images would
-    not fit into memory: the picked ones run once more. Returns the images that were picked, and those set apart.
+    names: of the tensors that count. counts: how many images are loud, are others, and are set apart: of those that
+    are left, evenly by their loudness, or all where outputs are few numbers. Where hardly any are left, those that were
+    picked are returned twice. Outputs of all images would not fit into memory: some run once more.
     """
     with runnable_with_outputs(model, names) as runnable:
         session = Session(runnable, name="the folded float model", threads=threads)
@@ -74,23 +75,23 @@ def pick_images(
 
     loudness = measure_loudness(parts, names, map(run, feed.iter_batches(STEP)))
     few = max(sizes, default=0) <= FEW_NUMBERS
-    loud, others, apart = (-(-count // feed.batch) for count in counts)
+    loud, others, most_apart = (-(-count // feed.batch) for count in counts)
     ranked = np.argsort(-loudness, kind="stable").tolist()
-    step = max(APART_EVERY, len(ranked) // max(apart, 1))
-    aside = dict.fromkeys(ranked[step - 1 :: step][:apart], 1.0)
-    left = [index for index in range(len(ranked)) if index not in aside]
-    first = [left.index(index) for index in ranked if index not in aside][:loud]
-    picked = {left[at]: weight for at, weight in pick_batches(len(left), first, others).items()}
-    if few:
-        aside |= {index: 1.0 for index in left if index not in picked}
+    picked = pick_batches(len(ranked), ranked[:loud], others)
+    rest = [index for index in ranked if index not in picked]
+    step = 1 if few else max(1, len(rest) // max(most_apart, 1))
+    aside = dict.fromkeys(rest[step - 1 :: step][: None if few else most_apart], 1.0)
+    if len(aside) < FEWEST_APART:
+        aside = picked
     wanted = picked | aside
     read = {index: batch for index, batch in enumerate(feed.iter_batches(STEP)) if index in wanted}
 
-    def gather(chosen: dict[int, float]) -> PickedImages:
+    def gather(chosen: dict[int, float], *, apart: bool) -> PickedImages:
         feeds = [read[index] for index in chosen]
-        return PickedImages(feeds, [*chosen.values()], [session.run(names, batch) for batch in feeds], few)
+        return PickedImages(feeds, [*chosen.values()], [session.run(names, batch) for batch in feeds], few, apart)
 
-    return gather(picked), gather(aside)
+    first = gather(picked, apart=False)
+    return first, first if aside is picked else gather(aside, apart=True)
 
 
 def measure_loudness(parts: Parts, names: Sequence[str], outputs: Iterable[Sequence[NDArray[Any]]]) -> Float64:

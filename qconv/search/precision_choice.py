@@ -117,10 +117,7 @@ def choose_division(
     budget = recipe.float_budget
     if budget is None:
         budget = PRECISE_SHARE if target.costs is None else FLOAT_BUDGET
-    supported = recipe.high_precision is not None and (target.costs is None or is_placement_supported(recipe, target))
-    if not supported or not budget or not noises or not apart.feeds:
-        return ChosenDivision(known)
-    if target.costs is not None and any(node.op_type in UNKNOWN_IN_FLOAT for node in folded.model.nodes()):
+    if not _is_choice_supported(folded.model, recipe) or not budget or not noises or not apart.feeds:
         return ChosenDivision(known)
     model, shapes = folded.model, infer_run_shapes(folded.model, fed)
     whole = replan(folded.plan, model, floats={})
@@ -145,6 +142,15 @@ def choose_division(
         chosen = search.find_holding(chosen, lambda point: holds_gates(trial.build(point.integer)))
     reporter.progress(STEP, 1, 1)
     return curve.take(chosen)
+
+
+def _is_choice_supported(model: Model, recipe: Recipe) -> bool:
+    """Whether a tensor may have more than 8 bits, and the costs of that are known."""
+    target = TARGETS[recipe.target]
+    if recipe.high_precision is None or target.costs is None:
+        return recipe.high_precision is not None
+    known = all(node.op_type not in UNKNOWN_IN_FLOAT for node in model.nodes())
+    return known and is_placement_supported(recipe, target)
 
 
 def _count_costs(model: Model, whole: Plan, shapes: Shapes, recipe: Recipe) -> list[PlacementProblem]:
@@ -188,7 +194,7 @@ class DivisionCurve:
     def take(self, index: int) -> ChosenDivision:
         """Take a division, with what is told of it."""
         self.chosen, trial, known = index, self.trial, self.trial.folded.plan.floats
-        report = self.search.report(index, trial.images.count, apart=True)
+        report = self.search.report(index, trial.images.count, apart=trial.images.apart)
         integer = self.search.points[index].integer
         if TARGETS[trial.recipe.target].costs is None:
             bits = trial.recipe.high_precision or FLOAT_BITS

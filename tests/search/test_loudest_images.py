@@ -60,34 +60,26 @@ def test_the_loudest_image_comes_first_with_what_float_says(tmp_path: Path) -> N
     levels = levels_of(found)
     assert levels[0] == pytest.approx(0.9)
     assert len(levels) == 3
-    assert not apart.feeds
+    assert apart is found  # hardly any are left
+    assert not found.apart
     assert not found.few_numbers  # 6400 of an image
     assert found.weights == [1, 2, 2]
     for level, clean in zip(levels, found.clean, strict=True):
         assert clean[0] == pytest.approx(np.full((1, 1, 80, 80), 2 * level))
 
 
-def test_images_are_set_apart_by_their_loudness(tmp_path: Path) -> None:
-    """By hand: of 12 by loudness, the fourth, the eighth and the twelfth; one of four at most, however many are asked
-    for. They are not among the others, which stand for 9 alone."""
-    levels = [0.05 * (1 + 5 * n % 12) for n in range(12)]
-    found, apart = picked(tmp_path, levels, (2, 4, 100), 80)
-    loudest = sorted(levels, reverse=True)
-    assert levels_of(apart) == pytest.approx([loudest[3], loudest[7], loudest[11]])
-    assert apart.count == 3
-    assert not set(levels_of(apart)) & set(levels_of(found))
-    assert levels_of(found)[:2] == pytest.approx(loudest[:2])
-    assert sum(found.weights) == 9
-    assert list(apart.weights) == [1, 1, 1]
-    assert apart.clean[0][0] == pytest.approx(np.full((1, 1, 80, 80), 2 * loudest[3]))
-
-
-def test_of_more_images_the_same_few_are_set_apart_evenly(tmp_path: Path) -> None:
-    """By hand: 2 of 24, which are the twelfth and the last."""
-    levels = [0.04 * (1 + n) for n in range(24)]
-    _, apart = picked(tmp_path, levels, (2, 4, 2), 80)
-    loudest = sorted(levels, reverse=True)
-    assert levels_of(apart) == pytest.approx([loudest[11], loudest[23]])
+def test_images_that_are_left_are_set_apart_evenly_by_their_loudness(tmp_path: Path) -> None:
+    """By hand: of 14 the two loudest and two others are picked, and of the ten left the 2nd, 4th, 6th, 8th and 10th."""
+    levels = [0.05 * (1 + n) for n in range(14)]
+    found, apart = picked(tmp_path, levels, (2, 2, 5), 80)
+    left = sorted(set(np.round(levels, 4)) - set(levels_of(found)), reverse=True)
+    assert len(left) == 10
+    assert levels_of(found)[:2] == pytest.approx([0.7, 0.65])
+    assert levels_of(apart) == pytest.approx(left[1::2])
+    assert apart.apart
+    assert list(apart.weights) == [1] * 5
+    assert sum(found.weights) == 14
+    assert apart.clean[0][0] == pytest.approx(np.full((1, 1, 80, 80), 2 * left[1]))
 
 
 def test_where_outputs_are_few_numbers_all_others_are_set_apart_too(tmp_path: Path) -> None:
