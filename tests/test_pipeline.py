@@ -190,14 +190,16 @@ def test_a_listener_hears_progress_and_warnings(tmp_path: Path, pictures: str) -
     reporter = Reporter(said.append, lambda *args: heard.append(args))
     recipe, data = Recipe(min_sqnr=1.0, threads=1), DataOptions((str(tmp_path),), batch=5)
     report, _ = quantize(Source("m", None, deep().SerializeToString()), None, recipe, data, reporter)
-    solves = ("ranges", "widths", "round")
+    solves = ("ranges", "widths", "precision", "round")
     assert {total for stage, _, total in heard if stage not in solves} == {13}
     assert [done for stage, done, _ in heard if stage == "round"] == [0, 1, 2, 3]
     done = [(done, total) for stage, done, total in heard if stage == "ranges"]
     assert done == sorted(done)
     assert done[-1][0] == done[-1][1]
     assert [(stage, done) for stage, done, _ in heard if stage not in solves] == [
-        (s, n) for s in ("load", "equalize", "calibrate", *["read again"] * 3, "verify") for n in (5, 10, 12)
+        (s, n)
+        for s in ("load", "equalize", "calibrate", *["read again"] * 2, "float", "read again", "verify")
+        for n in (5, 10, 12)
     ]
     assert said == report.warnings
     assert sum("bad.png" in text for text in said) == 1
