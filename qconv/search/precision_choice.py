@@ -25,10 +25,8 @@ from qconv.config.data_options import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, Skipped, format_some
-from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.model import Model, Node
-from qconv.ir.subgraph import runnable_with_outputs
-from qconv.metrics.output_parts import Parts, measure_output_noise
+from qconv.metrics.output_parts import Parts
 from qconv.planning.operator_costs import Shapes
 from qconv.planning.placement import (
     PlacementProblem,
@@ -46,11 +44,10 @@ from qconv.planning.widths import measure_precise_share
 from qconv.quantization.parameters import choose_ranges
 from qconv.reporter import Reporter
 from qconv.results.precision import PreciseShare, PrecisionPoint, PrecisionReport
-from qconv.runtime.session import Session
 from qconv.search.candidate import FoldedNetwork, build_quantized_model, round_to_nearest
 from qconv.search.division import divide
 from qconv.search.loudest_images import PickedImages
-from qconv.search.range_widths import with_fine_weights
+from qconv.search.range_widths import measure_noise, with_fine_weights
 
 STEP = "precision"
 
@@ -250,13 +247,7 @@ class _DivisionTrial:
 
     def measure(self, integer: Set[Node]) -> float:
         """The noise at the outputs with these nodes on 8 bits."""
-        model = self.build(integer)
-        on_ort = TARGETS[self.recipe.target].on_ort
-        own = [value.name or "" for value in find_judged_tensors(model)]  # within the network they have other names
-        with runnable_with_outputs(model, own) as runnable:
-            session = Session(runnable, name="the quantized model", threads=self.recipe.threads, integer_kernels=on_ort)
-        got = (session.run(own, batch) for batch in self.images.feeds)
-        return measure_output_noise(self.parts, self.names, self.images.clean, got, self.images.weights)
+        return measure_noise(self.divide(integer), self.recipe, self.names, self.images, self.parts)
 
 
 @dataclass(slots=True)
