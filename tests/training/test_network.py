@@ -318,8 +318,8 @@ def check_quantizers(proto: onnx.ModelProto) -> None:
 def check_outputs(proto: onnx.ModelProto) -> None:
     """As users run it: optimized, in integers.
 
-    In the root mean square it is as near as ONNX Runtime without optimizations, to a code of 8 bits. A single number may
-    be as far off again: one that lies between two codes falls to either side here, too, on its way through all layers.
+    In the root mean square it is as near as ONNX Runtime without optimizations, to a code of 8 bits. A single number
+    may be as far off again: one between two codes falls to either side here, too, on its way through all layers.
     """
     feeds = feeds_of(proto)
     session = Session(proto.SerializeToString(), threads=1)
