@@ -26,6 +26,7 @@ import numpy as np
 from qconv.data_free.propagation import set_batchnorm_means, set_batchnorm_stats
 from qconv.errors import Change, Finding
 from qconv.ir.data_shapes import find_data_shaped
+from qconv.ir.gelu import halves_gelu
 from qconv.ir.layers import (
     INPUTS_FIRST,
     Affine,
@@ -173,7 +174,7 @@ def normalise_gemms(model: Model, node: Node) -> list[Change]:
 def fold_affine(model: Model, node: Node) -> list[Change]:
     """Fold a scale or shift into the layer before it or, failing that, into all layers that read it."""
     data = affine_data_input(node)
-    if data is None:
+    if data is None or halves_gelu(model, node):
         return []
     reasons: list[str] = []
     for edit in (_fold_into_previous_layer, _fold_into_readers):

@@ -15,6 +15,7 @@ from math import inf
 import numpy as np
 
 from qconv.errors import Change
+from qconv.ir.gelu import find_gelu
 from qconv.ir.layers import check_finite, read_layer, scale_outputs, write_layer
 from qconv.ir.model import (
     DataType,
@@ -186,7 +187,7 @@ def matmul_to_gemm(model: Model, node: Node) -> list[Change]:
 def divide_by_multiplying(model: Model, node: Node) -> list[Change]:
     """Replace x / c by x * (1 / c), and x - c by x + (-c): Mul and Add have integer kernels, Div and Sub have none.
 
-    Erf has none, either: x / sqrt(2) in front of it stays, by which ONNX Runtime knows a Gelu, and makes one operator.
+    Erf has none, either: x / sqrt(2) in front of it stays, as a Gelu has it.
     """
     if any(reader.op_type == "Erf" for reader in model.readers(node.outputs[0])):
         return []
@@ -203,6 +204,21 @@ def divide_by_multiplying(model: Model, node: Node) -> list[Change]:
         raise EditRefused("it divides by zero, or by a number too small to invert")
     model.become(node, "Mul", [data, model.constant(f"{title(node)}_factor", factor)])
     return [Change("simplify", title(node), "Div by a constant became Mul")]
+
+
+@each_node("simplify", "Erf")
+def unify_gelus(model: Model, node: Node) -> list[Change]:
+    """Write a Gelu as ONNX Runtime knows it: x divided by sqrt(2), and 1 + erf multiplied by x before it is halved."""
+    gelu = find_gelu(model, node)
+    if gelu is None or (gelu.inner.op_type == "Div" and not gelu.is_halved_between):
+        return []
+    if gelu.inner.op_type == "Mul":
+        model.become(gelu.inner, "Div", [gelu.data, model.constant("sqrt_2", np.array(2**0.5, np.float32))])
+    if gelu.is_halved_between:
+        half = next(value for value in gelu.product.inputs if value is not gelu.plus_one.outputs[0])
+        model.become(gelu.product, "Mul", [gelu.data, gelu.plus_one.outputs[0]])
+        model.become(gelu.outer, "Mul", [gelu.product.outputs[0], half])
+    return [Change("simplify", title(gelu.outer), "Gelu written as runtimes know it")]
 
 
 @each_node("simplify", "HardSwish")
@@ -327,4 +343,5 @@ SIMPLIFY_PASSES: tuple[Pass, ...] = (
     matmul_to_gemm,
     merge_activations,
     hoist_activations,
+    unify_gelus,
 )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from qconv.config.choices import FLOAT_BITS, WIDE_BITS, Scheme
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
+from qconv.ir.gelu import find_gelus, keep_gelus_float
 from qconv.ir.model import DataType, Model, Node, Value, clip_bounds, constant_array, input_of
 from qconv.ir.operators import (
     CLIPPING_ACTIVATIONS,
@@ -106,7 +107,8 @@ class _Planner:
         self.model, self.recipe, self.target, self.plan = model, recipe, target, plan
         self.nodes = model.nodes()
         told = (name for node in self.nodes if recipe.bits_of(name := node.name or "").activations == FLOAT_BITS)
-        self.floats = {**keep_places_float(self.nodes), **plan.floats, **dict.fromkeys(told, KEPT_FLOAT_BY_LAYER_BITS)}
+        known = {**keep_places_float(self.nodes), **keep_gelus_float(find_gelus(model))}
+        self.floats = {**known, **plan.floats, **dict.fromkeys(told, KEPT_FLOAT_BY_LAYER_BITS)}
         self.quantized: dict[Value, str] = {}
         self.eligible: dict[Node, Rule] = {}
         for node in self.nodes:

@@ -38,6 +38,7 @@ from qconv.planning.plan import Plan, data_inputs, data_positions
 from qconv.planning.saturating_line import find_saturating_line
 from qconv.planning.widths import COPY
 from qconv.quantization.code_attributes import axis_attribute, has_integer_clip_kernel, integer_clip_bounds
+from qconv.quantization.gelu_inputs import join_gelu_inputs
 from qconv.quantization.layer import LayerParams
 from qconv.quantization.parameters import Params
 from qconv.quantizer import PerChannel, QuantParams, QuantSpec
@@ -58,6 +59,8 @@ def emit(model: Model, plan: Plan, params: Params, *, pack: bool) -> list[Findin
             writer.tensor(value, None)
     for node in model.nodes():
         writer.node(node)
+    if plan.target.on_ort:
+        join_gelu_inputs(model)
     model.sweep()
     return writer.findings
 

@@ -6,7 +6,7 @@ by chance none of them may be among a few images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,9 @@ FEWEST_APART = 4
 """Batches from which on what was not picked tells enough by itself."""
 
 Float64 = NDArray[np.float64]
+
+Picked = dict[int, float]
+"""Indices of batches, each with the number of batches that it stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +63,9 @@ def pick_images(
 ) -> tuple[PickedImages, PickedImages]:
     """Run the float network on all images, pick the loudest ones and others, and set some apart before.
 
-    names: of the tensors that count. counts: how many images are loud, are others, and are set apart: of those that
-    are left, evenly by their loudness, or all where outputs are few numbers. Where hardly any are left, those that were
-    picked are returned twice. Outputs of all images would not fit into memory: some run once more.
+    names: of the tensors that count. counts: how many images are loud, are others, and are set apart. Where hardly any
+    are left for that, those that were picked are returned twice. Outputs of all images would not fit into memory: some
+    run once more.
     """
     with runnable_with_outputs(model, names) as runnable:
         session = Session(runnable, name="the folded float model", threads=threads)
@@ -77,21 +80,35 @@ def pick_images(
     few = max(sizes, default=0) <= FEW_NUMBERS
     loud, others, most_apart = (-(-count // feed.batch) for count in counts)
     ranked = np.argsort(-loudness, kind="stable").tolist()
-    picked = pick_batches(len(ranked), ranked[:loud], others)
-    rest = [index for index in ranked if index not in picked]
-    step = 1 if few else max(1, len(rest) // max(most_apart, 1))
-    aside = dict.fromkeys(rest[step - 1 :: step][: None if few else most_apart], 1.0)
-    if len(aside) < FEWEST_APART:
-        aside = picked
+    picked, aside = _split(ranked, loud, others, None if few else most_apart)
     wanted = picked | aside
     read = {index: batch for index, batch in enumerate(feed.iter_batches(STEP)) if index in wanted}
 
-    def gather(chosen: dict[int, float], *, apart: bool) -> PickedImages:
+    def gather(chosen: Picked, *, apart: bool) -> PickedImages:
         feeds = [read[index] for index in chosen]
         return PickedImages(feeds, [*chosen.values()], [session.run(names, batch) for batch in feeds], few, apart)
 
     first = gather(picked, apart=False)
     return first, first if aside is picked else gather(aside, apart=True)
+
+
+def _split(ranked: Sequence[int], loud: int, others: int, most_apart: int | None) -> tuple[Picked, Picked]:
+    """Batches to choose on and batches apart, each with the number that it stands for.
+
+    ranked: the loudest first. Of the loudest, every third is apart: without any of them, noise would be measured where
+    there is hardly any. most_apart: of others, evenly by their loudness; None for all.
+    """
+    if len(ranked) < loud + others + FEWEST_APART:
+        picked = pick_batches(len(ranked), ranked[:loud], others)
+        return picked, picked
+    top = ranked[: loud + loud // 2]
+    loud_apart = top[2::3]
+    picked = pick_batches(len(ranked), [index for index in top if index not in loud_apart], others, loud_apart)
+    rest = [index for index in ranked if index not in picked and index not in loud_apart]
+    step = 1 if most_apart is None else max(1, len(rest) // max(most_apart - len(loud_apart), 1))
+    some = rest[step - 1 :: step][: None if most_apart is None else most_apart - len(loud_apart)]
+    aside = dict.fromkeys(loud_apart, len(top) / max(1, len(loud_apart)))
+    return picked, aside | dict.fromkeys(some, (len(ranked) - len(top)) / max(1, len(some)))
 
 
 def measure_loudness(parts: Parts, names: Sequence[str], outputs: Iterable[Sequence[NDArray[Any]]]) -> Float64:
@@ -102,12 +119,12 @@ def measure_loudness(parts: Parts, names: Sequence[str], outputs: Iterable[Seque
     return np.asarray(shares.max(axis=1, initial=0.0))
 
 
-def pick_batches(count: int, first: Iterable[int], others: int) -> dict[int, float]:
+def pick_batches(count: int, first: Iterable[int], others: int, never: Collection[int] = ()) -> Picked:
     """Pick batches of `count`, each with the number it stands for.
 
-    first: those that stand for themselves; some others stand for the rest.
+    first: those that stand for themselves; some others stand for the rest. never: those that are not picked.
     """
     alone = dict.fromkeys(map(int, first), 1.0)
-    rest = [index for index in range(count) if index not in alone]
+    rest = [index for index in range(count) if index not in alone and index not in never]
     some = [rest[at * len(rest) // others] for at in range(others)] if 0 < others < len(rest) else rest
     return alone | dict.fromkeys(some, len(rest) / max(1, len(some)))

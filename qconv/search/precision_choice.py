@@ -1,14 +1,14 @@
 """Chooses how much of a network stays in float for accuracy, on the curve of `planning.precision_curve`.
 
-Where the fastest division has less than POOR_DB, the fastest one is taken that has ENOUGH_DB, or else the most accurate
-one, that is at most `--float-budget` of the all-integer time slower, and no slower than float; it has to gain
-LEAST_GAIN_DB. Gates that the result has to hold ask for more: then the fastest division of all that holds them. Where
-times are not known, see `choose_division`.
+Where the fastest division has less than POOR_DB, that one is taken which is worth the most: its dB, of which no more
+than ENOUGH_DB count, less DB_OF_TIME for the time that it takes more, which is at most `--float-budget` of the
+all-integer time, and no more than float's. Gates that the result has to hold ask for more: then the fastest division of
+all that holds them. Where times are not known, see `choose_division`.
 
 What a point has is predicted by noises that add up, which orders points. Errors of a network of few outputs correlate,
-though, and those of a poor one do not add up: so points are carried out, with weights rounded to the nearest of 8 bits,
-and measured on images that nothing was chosen on, as many as bisection takes. Between two that were measured, what a
-prediction is off by in dB is taken to be linear in time.
+though, and those of a poor one do not add up: so the best point is carried out, with weights rounded to the nearest of
+8 bits, and measured on images that nothing was chosen on, until the best one is one that was measured. Between two that
+were, what a prediction is off by in dB is taken to be linear in time.
 """
 
 from __future__ import annotations
@@ -51,14 +51,20 @@ from qconv.search.range_widths import measure_noise, with_fine_weights
 
 STEP = "precision"
 
-ENOUGH_DB, LEAST_GAIN_DB = 24.0, 2.0
-"""SQNR up to which time is spent, and what that has to gain at least."""
+POOR_DB, ENOUGH_DB = 22.0, 24.0
+"""SQNR below which time is spent, and up to which."""
 
-POOR_DB = ENOUGH_DB - LEAST_GAIN_DB
+DB_OF_TIME = 20.0
+"""What one all-integer run's time is worth: 0.2 dB for each percent."""
 
-UNKNOWN_IN_FLOAT = frozenset({"Erf"})
-"""Operators of networks whose float nodes take longer than the table says: ONNX Runtime makes one operator of a Gelu
-that is written out, as long as none of its nodes is folded into a layer."""
+LEAST_WORTH_DB = 0.5
+"""What a division has to gain at least, less what its time is worth: less may be chance."""
+
+LEAST_GAIN_DB = 2.0
+"""What a division has to gain at least where times are not known."""
+
+MOST_MEASURED = 6
+"""Divisions that are carried out at most to find the one to take."""
 
 MOST_NAMED = 3
 """Nodes that are named where there are more."""
@@ -114,7 +120,7 @@ def choose_division(
     budget = recipe.float_budget
     if budget is None:
         budget = PRECISE_SHARE if target.costs is None else FLOAT_BUDGET
-    if not _is_choice_supported(folded.model, recipe) or not budget or not noises or not apart.feeds:
+    if not _is_choice_supported(recipe) or not budget or not noises or not apart.feeds:
         return ChosenDivision(known)
     model, shapes = folded.model, infer_run_shapes(folded.model, fed)
     whole = replan(folded.plan, model, floats={})
@@ -141,13 +147,10 @@ def choose_division(
     return curve.take(chosen)
 
 
-def _is_choice_supported(model: Model, recipe: Recipe) -> bool:
+def _is_choice_supported(recipe: Recipe) -> bool:
     """Whether a tensor may have more than 8 bits, and the costs of that are known."""
     target = TARGETS[recipe.target]
-    if recipe.high_precision is None or target.costs is None:
-        return recipe.high_precision is not None
-    known = all(node.op_type not in UNKNOWN_IN_FLOAT for node in model.nodes())
-    return known and is_placement_supported(recipe, target)
+    return recipe.high_precision is not None and (target.costs is None or is_placement_supported(recipe, target))
 
 
 def _count_costs(model: Model, whole: Plan, shapes: Shapes, recipe: Recipe) -> list[PlacementProblem]:
@@ -279,10 +282,19 @@ class CurveSearch:
             return 0
         most = max(min(first.time + budget, self.curve.float_time), first.time)
         allowed = [index for index, point in enumerate(self.points) if point.time <= most]
-        best = self._first_of(allowed, lambda index: self._measured_db(index) >= ENOUGH_DB)
-        if self._measured_db(best) < ENOUGH_DB:
-            best = max(self.measured, key=lambda index: (self._measured_db(index), -index))
-        return best if self._measured_db(best) >= self._measured_db(0) + LEAST_GAIN_DB else 0
+        for _ in range(MOST_MEASURED):
+            found = self.corrected()
+            best = max(allowed, key=lambda index: self._worth(index, found[index]))
+            if best in self.measured:
+                break
+            self._measured_db(best)
+        best = max(self.measured, key=lambda index: self._worth(index, self._measured_db(index)))
+        return best if self._worth(best, self._measured_db(best)) >= self._measured_db(0) + LEAST_WORTH_DB else 0
+
+    def _worth(self, index: int, sqnr_db: float) -> float:
+        """SQNR in dB, up to what is enough, less what the time is worth that it takes more than the first point."""
+        slower = max(0.0, self.points[index].time - self.points[0].time)
+        return min(sqnr_db, ENOUGH_DB) - DB_OF_TIME * slower
 
     def choose_within(self, is_allowed: Callable[[Division], bool]) -> int:
         """The index of the most accurate point that is allowed, the dearest, where it gains enough."""

@@ -200,7 +200,7 @@ def of_report(told: Found) -> Found:
     audit = told["audit"]
     floats = [*audit["islands"], *audit.get("placed", [])]
     left = [change["where"] for change in told["changes"] if change["what"].startswith(LEFT)]
-    kept = {key: told[key] for key in ("verify", "time", "peak_rss_mb", "warnings")}
+    kept = {key: told.get(key) for key in ("verify", "time", "peak_rss_mb", "warnings", "precision")}
     return {**kept, "integer": audit["integer"], "float": audit["float"], "float_nodes": floats, "left": left}
 
 
