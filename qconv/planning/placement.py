@@ -48,8 +48,9 @@ SILU_SHARE = 0.85
 """Time of x * Sigmoid(x) in float over that of Sigmoid and Mul: ONNX Runtime 1.32 makes one operator of both."""
 
 CONVERSION_FACTOR = 2.5
-"""Time of conversions among operators of all kinds over that between two convolutions, which the table has: in
-EfficientNet-B0 with 38 of them 2.7, measured on ONNX Runtime 1.32."""
+"""Time of conversions between layers of both kinds, whose layouts differ, too, over what the table has: in
+EfficientNet-B0 with 38 of them 2.7, measured on ONNX Runtime 1.32. In front of operators that are float anyway, such as
+the Gelus of RepViT, it is what the table has, or less."""
 
 NCHW_KINDS = {"MaxPool": "max_pool_nchw", "Transpose": "transpose_nchw"}
 """Operators whose time in integers hangs on the layout of the codes that they read, and their lines for NCHW."""
@@ -204,7 +205,17 @@ class PlacementProblem:
 
     def with_dear_conversions(self) -> PlacementProblem:
         """The same with conversions as dear as among operators of all kinds, where layouts change, too."""
-        return replace(self, tensors=[replace(t, switch_us=CONVERSION_FACTOR * t.switch_us) for t in self.tensors])
+        dear = [
+            t if self._is_float_anyway(t) else replace(t, switch_us=CONVERSION_FACTOR * t.switch_us)
+            for t in self.tensors
+        ]
+        return replace(self, tensors=dear)
+
+    def _is_float_anyway(self, tensor: TensorCost) -> bool:
+        """Whether what writes a tensor, or all that reads it, is float in every division."""
+        made = tensor.producer is not None and not tensor.codes and tensor.producer not in self.costs
+        fixed = (reader is not None and reader not in self.costs for reader in tensor.readers)
+        return made or (bool(tensor.readers) and all(fixed))
 
     def time(self, integer: Set[Node]) -> float:
         """The time in us of one run with these nodes in integers, as far as the table knows."""

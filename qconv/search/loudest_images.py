@@ -79,8 +79,7 @@ def pick_images(
     loudness = measure_loudness(parts, names, map(run, feed.iter_batches(STEP)))
     few = max(sizes, default=0) <= FEW_NUMBERS
     loud, others, most_apart = (-(-count // feed.batch) for count in counts)
-    ranked = np.argsort(-loudness, kind="stable").tolist()
-    picked, aside = _split(ranked, loud, others, None if few else most_apart)
+    picked, aside = _split(loudness, loud, others, None if few else most_apart, sparse=bool(parts))
     wanted = picked | aside
     read = {index: batch for index, batch in enumerate(feed.iter_batches(STEP)) if index in wanted}
 
@@ -92,23 +91,30 @@ def pick_images(
     return first, first if aside is picked else gather(aside, apart=True)
 
 
-def _split(ranked: Sequence[int], loud: int, others: int, most_apart: int | None) -> tuple[Picked, Picked]:
+def _split(loudness: Float64, loud: int, others: int, most_apart: int | None, *, sparse: bool) -> tuple[Picked, Picked]:
     """Batches to choose on and batches apart, each with the number that it stands for.
 
-    ranked: the loudest first. Of the loudest, every third is apart: without any of them, noise would be measured where
-    there is hardly any. most_apart: of others, evenly by their loudness; None for all.
+    loudness: of each batch. most_apart: None for all that are left. sparse: whether few images have much to say, as a
+    detector's have. Some of those apart are loud, too, and stand for all that are: every third of the loudest where
+    outputs are sparse, since most noise is there, else those that come next. The others are taken evenly by loudness.
     """
+    ranked = np.argsort(-loudness, kind="stable").tolist()
     if len(ranked) < loud + others + FEWEST_APART:
         picked = pick_batches(len(ranked), ranked[:loud], others)
         return picked, picked
     top = ranked[: loud + loud // 2]
-    loud_apart = top[2::3]
-    picked = pick_batches(len(ranked), [index for index in top if index not in loud_apart], others, loud_apart)
-    rest = [index for index in ranked if index not in picked and index not in loud_apart]
-    step = 1 if most_apart is None else max(1, len(rest) // max(most_apart - len(loud_apart), 1))
-    some = rest[step - 1 :: step][: None if most_apart is None else most_apart - len(loud_apart)]
-    aside = dict.fromkeys(loud_apart, len(top) / max(1, len(loud_apart)))
-    return picked, aside | dict.fromkeys(some, (len(ranked) - len(top)) / max(1, len(some)))
+    never = top[2::3] if sparse else []
+    first = [index for index in top if index not in never][:loud]
+    picked = pick_batches(len(ranked), first, others, never)
+    picked |= dict.fromkeys(first, (len(first) + len(never)) / max(1, len(first)))
+    rest = [index for index in ranked if index not in picked]
+    loud_apart = never or rest[: loud // 2]
+    left = [index for index in rest if index not in loud_apart]
+    count = len(left) if most_apart is None else max(1, min(most_apart - len(loud_apart), len(left)))
+    some = left[:: max(1, len(left) // count)][:count]
+    stand_for = loud + len(loud_apart)
+    aside = dict.fromkeys(loud_apart, stand_for / max(1, len(loud_apart)))
+    return picked, aside | dict.fromkeys(some, (len(ranked) - stand_for) / max(1, len(some)))
 
 
 def measure_loudness(parts: Parts, names: Sequence[str], outputs: Iterable[Sequence[NDArray[Any]]]) -> Float64:

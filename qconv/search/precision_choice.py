@@ -2,7 +2,7 @@
 
 Where the fastest division has less than POOR_DB, that one is taken which is worth the most: its dB, of which no more
 than ENOUGH_DB count, less DB_OF_TIME for the time that it takes more, which is at most `--float-budget` of the
-all-integer time, and no more than float's. Gates that the result has to hold ask for more: then the fastest division of
+all-integer time, and not beyond float's. Gates that the result has to hold ask for more: then the fastest division of
 all that holds them. Where times are not known, see `choose_division`.
 
 What a point has is predicted by noises that add up, which orders points. Errors of a network of few outputs correlate,
@@ -55,7 +55,7 @@ POOR_DB, ENOUGH_DB = 22.0, 24.0
 """SQNR below which time is spent, and up to which."""
 
 DB_OF_TIME = 20.0
-"""What one all-integer run's time is worth: 0.2 dB for each percent."""
+"""What the all-integer time is worth: 0.2 dB for each percent."""
 
 LEAST_WORTH_DB = 0.5
 """What a division has to gain at least, less what its time is worth: less may be chance."""

@@ -129,3 +129,23 @@ def test_a_transpose_behind_a_layer_has_to_change_the_layout(body: str, us: dict
     found = {name: cost.integer_us for name in us if (cost := costs[name]) is not None}
     assert found == us
     assert problem.pairs == []  # nothing is slower for a layer in float
+
+
+# -- conversions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "dear"),
+    [
+        ("a = Conv(x, w) y = Conv(a, v)", {"x", "a", "y"}),
+        ("a = Conv(x, w) e = Erf(a) y = Conv(e, v)", {"x", "y"}),  # a is read, and e written, by what is float anyway
+        ("a = Conv(x, w) e = Erf(a) m = Conv(a, v) y = Add(m, e)", {"x", "a"}),  # so is the sum at the end
+    ],
+)
+def test_conversions_cost_more_between_operators_of_which_either_may_be_float(body: str, dear: set[str]) -> None:
+    """2.5 times as much; x and y are the model's own."""
+    problem = problem_of(body, COSTS)
+    pairs = zip(problem.tensors, problem.with_dear_conversions().tensors, strict=True)
+    factors = {before.value.name: after.switch_us / before.switch_us for before, after in pairs if before.switch_us}
+    assert set(factors.values()) <= {1.0, 2.5}
+    assert {name for name, factor in factors.items() if factor == 2.5} == dear

@@ -11,7 +11,7 @@ import pytest
 from qconv.config.data_options import DataOptions
 from qconv.data.loader import DataLoader
 from qconv.decoding.head import OutputPart
-from qconv.metrics.output_parts import NO_PARTS
+from qconv.metrics.output_parts import NO_PARTS, Parts
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 from qconv.search.loudest_images import PickedImages, measure_loudness, pick_batches, pick_images
@@ -40,7 +40,7 @@ def test_an_image_is_loud_where_any_part_of_its_outputs_is() -> None:
 
 
 def picked(
-    folder: Path, levels: Sequence[float], counts: tuple[int, int, int], side: int = 8
+    folder: Path, levels: Sequence[float], counts: tuple[int, int, int], side: int = 8, parts: Parts = NO_PARTS
 ) -> tuple[PickedImages, PickedImages]:
     """Of pictures of one level each; the network doubles them."""
     for index, level in enumerate(levels):
@@ -48,7 +48,7 @@ def picked(
     model = loaded(network("a = Conv(x, w) y = Relu(a)", ("N", 1, side, side), w=2 * ONE))
     session = Session(model.proto().SerializeToString())
     feed = DataLoader.of(session, DataOptions((str(folder),)), Reporter())
-    return pick_images(model, ["a"], feed, counts, 1, NO_PARTS)
+    return pick_images(model, ["a"], feed, counts, 1, parts)
 
 
 def levels_of(images: PickedImages) -> list[float]:
@@ -68,18 +68,33 @@ def test_the_loudest_image_comes_first_with_what_float_says(tmp_path: Path) -> N
         assert clean[0] == pytest.approx(np.full((1, 1, 80, 80), 2 * level))
 
 
-def test_images_that_are_left_are_set_apart_evenly_by_their_loudness(tmp_path: Path) -> None:
-    """By hand: of 14 the two loudest and two others are picked, and of the ten left the 2nd, 4th, 6th, 8th and 10th."""
-    levels = [0.05 * (1 + n) for n in range(14)]
+def test_the_next_loudest_are_set_apart_and_others_evenly_by_their_loudness(tmp_path: Path) -> None:
+    """By hand: of 14 the two loudest and two others are picked; the loudest that is left, and four others are apart.
+
+    The three loudest are stood for by two that are picked, and by one apart; the other eleven by four.
+    """
+    levels = [0.2 + 0.03 * n for n in range(14)]
     found, apart = picked(tmp_path, levels, (2, 2, 5), 80)
     left = sorted(set(np.round(levels, 4)) - set(levels_of(found)), reverse=True)
     assert len(left) == 10
-    assert levels_of(found)[:2] == pytest.approx([0.7, 0.65])
-    assert levels_of(apart) == pytest.approx(left[1::2])
+    assert levels_of(found)[:2] == pytest.approx([0.59, 0.56])
+    assert list(found.weights) == [1, 1, 6, 6]
+    assert levels_of(apart) == pytest.approx([left[0], *left[1:9:2]])
     assert apart.apart
-    assert list(apart.weights) == [1] * 5
-    assert sum(found.weights) == 14
-    assert apart.clean[0][0] == pytest.approx(np.full((1, 1, 80, 80), 2 * left[1]))
+    assert list(apart.weights) == [3, *[11 / 4] * 4]
+    assert apart.clean[1][0] == pytest.approx(np.full((1, 1, 80, 80), 2 * left[1]))
+
+
+def test_every_third_of_the_loudest_is_set_apart_where_outputs_have_parts(tmp_path: Path) -> None:
+    """By hand: the third loudest of three that make nearly all of the power is apart, and stands for them."""
+    levels = [0.9, 0.8, 0.7] + [0.01 * n for n in range(20)]
+    found, apart = picked(tmp_path, levels, (2, 2, 6), 80, {"a": (OutputPart("boxes", 1),)})
+    assert levels_of(found)[:2] == pytest.approx([0.9, 0.8])
+    assert list(found.weights) == [1.5, 1.5, 10, 10]
+    assert levels_of(apart)[0] == pytest.approx(0.7)
+    assert list(apart.weights) == [3, *[4] * 5]
+    power = [float(np.dot(side.weights, np.square(levels_of(side)))) for side in (found, apart)]
+    assert power == pytest.approx([float(np.square(levels).sum())] * 2, rel=0.35)
 
 
 def test_where_outputs_are_few_numbers_all_others_are_set_apart_too(tmp_path: Path) -> None:
@@ -88,3 +103,5 @@ def test_where_outputs_are_few_numbers_all_others_are_set_apart_too(tmp_path: Pa
     assert found.few_numbers
     assert sorted(levels_of(found) + levels_of(apart)) == pytest.approx(levels)
     assert len(found.feeds) == 5
+    assert sum(found.weights) == pytest.approx(12)
+    assert sum(apart.weights) == pytest.approx(12)
