@@ -1,14 +1,14 @@
 """Chooses how much of a network stays in float for accuracy, on the curve of `planning.precision_curve`.
 
 Where the fastest division has less than POOR_DB, that one is taken which is worth the most: its dB, of which no more
-than ENOUGH_DB count, less DB_OF_TIME for the time that it takes more, which is at most `--float-budget` of the
+than ENOUGH_DB count, less up to DB_OF_BUDGET for the time that it takes more, which is at most `--float-budget` of the
 all-integer time, and not beyond float's. Gates that the result has to hold ask for more: then the fastest division of
 all that holds them. Where times are not known, see `choose_division`.
 
 What a point has is predicted by noises that add up, which orders points. Errors of a network of few outputs correlate,
-though, and those of a poor one do not add up: so the best point is carried out, with weights rounded to the nearest of
-8 bits, and measured on images that nothing was chosen on, until the best one is one that was measured. Between two that
-were, what a prediction is off by in dB is taken to be linear in time.
+though, and those of a poor one do not add up: so the first and the last point within the budget are carried out, with
+weights rounded to the nearest of 8 bits, and measured on images that nothing was chosen on, and then the best one until
+that is one that was measured. Between two that were, what a prediction is off by in dB is taken to be linear in time.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ STEP = "precision"
 POOR_DB, ENOUGH_DB = 22.0, 24.0
 """SQNR below which time is spent, and up to which."""
 
-DB_OF_TIME = 20.0
-"""What the all-integer time is worth: 0.2 dB for each percent."""
+DB_OF_BUDGET = 2.0
+"""What all the time that may be spent is worth, and a share of it the same share of that."""
 
 LEAST_WORTH_DB = 0.5
 """What a division has to gain at least, less what its time is worth: less may be chance."""
@@ -282,19 +282,21 @@ class CurveSearch:
             return 0
         most = max(min(first.time + budget, self.curve.float_time), first.time)
         allowed = [index for index, point in enumerate(self.points) if point.time <= most]
+        self._measured_db(allowed[-1])  # predictions may be far off
         for _ in range(MOST_MEASURED):
             found = self.corrected()
-            best = max(allowed, key=lambda index: self._worth(index, found[index]))
+            best = max(allowed, key=lambda index: self._worth(index, found[index], budget))
             if best in self.measured:
                 break
             self._measured_db(best)
-        best = max(self.measured, key=lambda index: self._worth(index, self._measured_db(index)))
-        return best if self._worth(best, self._measured_db(best)) >= self._measured_db(0) + LEAST_WORTH_DB else 0
+        worth = {index: self._worth(index, self._measured_db(index), budget) for index in self.measured}
+        best = max(worth, key=worth.__getitem__)
+        return best if worth[best] >= worth[0] + LEAST_WORTH_DB else 0
 
-    def _worth(self, index: int, sqnr_db: float) -> float:
+    def _worth(self, index: int, sqnr_db: float, budget: float) -> float:
         """SQNR in dB, up to what is enough, less what the time is worth that it takes more than the first point."""
         slower = max(0.0, self.points[index].time - self.points[0].time)
-        return min(sqnr_db, ENOUGH_DB) - DB_OF_TIME * slower
+        return min(sqnr_db, ENOUGH_DB) - DB_OF_BUDGET * slower / budget
 
     def choose_within(self, is_allowed: Callable[[Division], bool]) -> int:
         """The index of the most accurate point that is allowed, the dearest, where it gains enough."""

@@ -51,7 +51,7 @@ def test_the_fastest_that_has_24_db_is_found(count: int) -> None:
         points = [(1 + index / 1000, 25.0 + index if index >= enough else 10 + index / 10) for index in range(count)]
         search = search_of(points)
         assert search.choose(0.1) == enough
-        assert set(search.measured) == {0, enough}  # as predictions are right
+        assert set(search.measured) == {0, enough, count - 1}  # as predictions are right
 
 
 @pytest.mark.parametrize(("decibel", "chosen"), [(23.79, 2), (23.81, 1)])
@@ -103,12 +103,24 @@ def test_half_a_db_has_to_be_gained_beyond_what_time_is_worth(time: float, decib
     assert search_of([(1.0, 10.0), (time, decibel)]).choose(0.1) == chosen
 
 
+@pytest.mark.parametrize(("budget", "chosen"), [(0.1, 0), (0.5, 1), (1.0, 1)])
+def test_a_larger_budget_pays_more_for_the_same(budget: float, chosen: int) -> None:
+    """All of it is worth 2 dB: 10 % of the time are 2, 0.4 or 0.2 dB of it."""
+    assert search_of([(1.0, 10.0), (1.09, 12.0)]).choose(budget) == chosen
+
+
 def test_a_wrong_curve_is_not_looked_at_without_end() -> None:
     """All points promise what none of them holds."""
     points = [(1 + index / 1000, 10.0) for index in range(40)]
     search = search_of(points, predicted=[10.0, *np.linspace(20, 23, 39)])
     assert search.choose(0.1) == 0
-    assert len(search.measured) <= MOST_MEASURED + 1
+    assert len(search.measured) <= MOST_MEASURED + 2
+
+
+def test_what_is_predicted_to_gain_nothing_is_looked_at_once() -> None:
+    search = search_of([(1.0, 5.0), (1.02, 19.0), (1.2, 30.0)], predicted=(5.0, 5.1, 30.0))
+    assert search.choose(0.1) == 1
+    assert set(search.measured) == {0, 1}
 
 
 def test_predictions_alone_choose_nothing() -> None:
@@ -149,7 +161,7 @@ def test_corrections_lie_between_those_that_were_measured() -> None:
 
 def test_what_was_measured_is_told_as_it_was() -> None:
     search = search_of([(1.0, 12.0), (1.1, 25.0), (1.2, 40.0)], predicted=(10, 24, 25), float_time=1.5)
-    found = search.report(search.choose(0.2), 16, apart=True)
+    found = search.report(search.choose(0.15), 16, apart=True)
     assert [point.measured_db for point in found.points[:2]] == pytest.approx([12, 25])
     assert [point.corrected_db for point in found.points[:2]] == pytest.approx([12, 25])
     assert found.points[2].measured_db is None
