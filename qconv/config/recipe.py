@@ -111,7 +111,8 @@ def check_candidate_activation_bits(recipe: Recipe) -> None:
         require(not recipe.data_free, f"{told} without pictures", hint)
         require(recipe.stats is None, f"{told} with --stats", "leave one of them out: pictures are looked at again.")
         hint = "pass --tune-ranges as well: what 8 bits lose is measured by it; or leave it out."
-        require(bool(recipe.tune_ranges), f"{told} without --tune-ranges", hint)
+        told_by = recipe.tune_ranges or recipe.divides_by_statistics
+        require(bool(told_by), f"{told} without --tune-ranges", hint)
 
 
 def check_target(recipe: Recipe) -> None:
@@ -143,8 +144,8 @@ def check_target(recipe: Recipe) -> None:
     if recipe.float_budget is not None:
         told = f"--float-budget {recipe.float_budget:g}"
         require(0 <= recipe.float_budget <= 1, told, "use a share of the time, from 0 to 1.")
-        tuned = bool(recipe.tune_ranges) and (tunable or target.costs is None)
-        spent = recipe.high_precision is not None and (tuned or (tunable and recipe.divides_by_statistics))
+        told_by = recipe.tune_ranges or recipe.divides_by_statistics
+        spent = told_by and recipe.high_precision is not None and (tunable or target.costs is None)
         hint = "leave it out: it is spent with --tune-ranges, where a tensor may have more than 8 bits."
         require(bool(spent) or recipe.float_budget == 0, f"{told} with these options", hint)
     if recipe.scale_gates:
@@ -342,8 +343,12 @@ class Recipe:
 
     @property
     def divides_by_statistics(self) -> bool:
-        """Whether what stays in float for accuracy is chosen by calibration's statistics, from their histograms."""
+        """Whether what stays in float for accuracy is chosen by calibration's statistics, from their histograms.
+
+        Where a target has no times, they choose too little that helps.
+        """
         watched = self.calibrator == FEW_BITS_CALIBRATOR and self.stats is None and not self.data_free
+        watched = watched and TARGETS[self.target].costs is not None
         wanted = self.high_precision is not None and self.float_budget != 0
         return watched and wanted and self.effort == "fast" and not self.tune_ranges
 

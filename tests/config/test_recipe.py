@@ -441,11 +441,13 @@ def test_candidates_for_activations_that_cannot_be(
 def test_candidates_for_activations_are_chosen_by_pictures() -> None:
     for options, told in (
         ({"stats": "s.npz"}, "8,float with --stats"),
-        ({"effort": "fast"}, "8,float without --tune-ranges"),
+        ({"effort": "fast", "target": "tensorrt"}, "8,float without --tune-ranges"),
+        ({"tune_ranges": False}, "8,float without --tune-ranges"),
         ({"calibrator": "minmax"}, "8,float without --tune-ranges"),
     ):
         with pytest.raises(QconvError, match=told):
             Recipe(candidate_activation_bits=(8, 32), **options)
+    assert Recipe(candidate_activation_bits=(8, 32), effort="fast").divides_by_statistics
     Recipe(candidate_activation_bits=(8, 32), effort="fast", tune_ranges=True)
     assert Recipe(candidate_activation_bits=(8,), data_free=True).high_precision is None  # nothing is chosen
 
