@@ -41,7 +41,9 @@ RECIPE_KEY = "qconv.recipe"
 PREPROCESSING_KEY = "qconv.preprocessing"
 """`Preprocessing.as_dict()` as JSON."""
 PLACED_KEY = "qconv.placed"
-"""Names of the nodes that are in float by choice, lists by reason, as a JSON object."""
+"""Names of the nodes that are in float by choice, lists by reason, as a JSON object; one list in older files."""
+OLDER_REASON = "faster in float"
+"""The reason of all nodes of such a list."""
 FLOAT_MODEL_KEY = "qconv.float"
 """The hash of the float model that the file was made from."""
 EQUALIZATION_KEY = "qconv.moved"
@@ -197,7 +199,9 @@ def read_placed_nodes(props: Mapping[str, str]) -> dict[str, str]:
 
 def _parse_placed(props: Mapping[str, str]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for why, names in _parse_json(props, PLACED_KEY, dict).items():
+    older = props.get(PLACED_KEY, "").lstrip().startswith("[")
+    lists = {OLDER_REASON: _parse_json(props, PLACED_KEY, list)} if older else _parse_json(props, PLACED_KEY, dict)
+    for why, names in lists.items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise OddMetadataError(PLACED_KEY, "it holds other things than names")
         found |= dict.fromkeys(names, why)
