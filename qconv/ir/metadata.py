@@ -41,9 +41,7 @@ RECIPE_KEY = "qconv.recipe"
 PREPROCESSING_KEY = "qconv.preprocessing"
 """`Preprocessing.as_dict()` as JSON."""
 PLACED_KEY = "qconv.placed"
-"""Names of the nodes that are in float by choice, lists by reason, as a JSON object; one list in older files."""
-OLDER_REASON = "faster in float"
-"""The reason of all nodes of such a list."""
+"""Names of the nodes in float by choice, lists by reason, as a JSON object; in older files one list: they are faster."""
 FLOAT_MODEL_KEY = "qconv.float"
 """The hash of the float model that the file was made from."""
 EQUALIZATION_KEY = "qconv.moved"
@@ -66,11 +64,9 @@ class OddMetadataError(QconvError):
     """An entry of a file's metadata that is not what qconv writes there."""
 
     def __init__(self, key: str, why: str) -> None:
-        super().__init__(
-            f"the file's metadata {key} is odd: {why}.", f"write the file again, or remove {key} from its metadata."
-        )
-        self.key = key
-        self.why = why
+        fix = f"write the file again, or remove {key} from its metadata."
+        super().__init__(f"the file's metadata {key} is odd: {why}.", fix)
+        self.key, self.why = key, why
 
 
 def describe_odd_metadata(props: Mapping[str, str]) -> list[str]:
@@ -200,8 +196,8 @@ def read_placed_nodes(props: Mapping[str, str]) -> dict[str, str]:
 def _parse_placed(props: Mapping[str, str]) -> dict[str, str]:
     found: dict[str, str] = {}
     older = props.get(PLACED_KEY, "").lstrip().startswith("[")
-    lists = {OLDER_REASON: _parse_json(props, PLACED_KEY, list)} if older else _parse_json(props, PLACED_KEY, dict)
-    for why, names in lists.items():
+    lists = _parse_json(props, PLACED_KEY, list if older else dict)
+    for why, names in [("faster in float", lists)] if older else lists.items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise OddMetadataError(PLACED_KEY, "it holds other things than names")
         found |= dict.fromkeys(names, why)
