@@ -261,7 +261,7 @@ def _precision_lines(found: PrecisionReport | None) -> list[str]:
     lines = [f"{title}divisions, their {cost}; all {found.kind} {found.float_time:.3f}:"]
     for point in found.points:
         measured = "" if point.measured_db is None else f", measured {point.measured_db:.1f}"
-        nodes = f"{format_count(point.nodes, 'node')} {found.kind}"
+        nodes = f"{format_count(point.nodes, 'more node')} {found.kind}"
         told = f"{'time' if by_time else 'traffic'} {point.time:.3f}, {nodes}, {point.corrected_db:.1f} dB"
         own = f" (by noises alone {point.predicted_db:.1f}{measured})"
         lines.append(f"{title}{told}{own}{'; taken' if point.chosen else ''}")

@@ -65,8 +65,8 @@ def test_the_curve_is_printed_with_v_alone() -> None:
     lines = [line for line in printed(PRECISE, CURVE, verbose=True) if line.startswith("precision")]
     assert [" ".join(line.split()) for line in lines] == [
         "precision divisions, their times over that of all integers; all in float 1.700:",
-        "precision time 1.000, 0 nodes in float, 10.0 dB (by noises alone 9.0, measured 10.0)",
-        "precision time 1.040, 2 nodes in float, 16.2 dB (by noises alone 15.5, measured 16.2); taken",
-        "precision time 1.500, 1 node in float, 40.5 dB (by noises alone 40.0)",
+        "precision time 1.000, 0 more nodes in float, 10.0 dB (by noises alone 9.0, measured 10.0)",
+        "precision time 1.040, 2 more nodes in float, 16.2 dB (by noises alone 15.5, measured 16.2); taken",
+        "precision time 1.500, 1 more node in float, 40.5 dB (by noises alone 40.0)",
     ]
     assert not [line for line in printed(PRECISE, None, verbose=True) if line.startswith("precision")]
