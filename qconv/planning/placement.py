@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from qconv.config.data_options import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, CostTable, Target
+from qconv.ir.gelu import find_gelus
 from qconv.ir.load import infer_shapes_at
 from qconv.ir.model import Model, Node, Value, constant_array, dims
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
@@ -49,8 +50,8 @@ SILU_SHARE = 0.85
 
 CONVERSION_FACTOR = 2.5
 """Time of conversions between layers of both kinds, whose layouts differ, too, over what the table has: in
-EfficientNet-B0 with 38 of them 2.7, measured on ONNX Runtime 1.32. In front of operators that are float anyway, such as
-the Gelus of RepViT, it is what the table has, or less."""
+EfficientNet-B0 with 38 of them 2.7, measured on ONNX Runtime 1.32. Around a Gelu it is what the table has, or less: in
+RepViT 0.6."""
 
 NCHW_KINDS = {"MaxPool": "max_pool_nchw", "Transpose": "transpose_nchw"}
 """Operators whose time in integers hangs on the layout of the codes that they read, and their lines for NCHW."""
@@ -159,7 +160,8 @@ def _describe_cost(cost: NodeCost | None) -> str:
 class TensorCost:
     """A tensor that may be converted. switch_us: cost of that; producer, readers: None for those outside the model.
 
-    codes: whether it holds codes already, being the model's pixels.
+    codes: whether it holds codes already, being the model's pixels. pointwise: whether a Gelu writes it, or only Gelus
+    read it, which are in float anyway, and work on any layout.
     """
 
     value: Value
@@ -167,6 +169,7 @@ class TensorCost:
     readers: tuple[Node | None, ...]
     switch_us: float
     codes: bool
+    pointwise: bool = False
 
     def needs_conversion(self, integer: Set[Node]) -> bool:
         """Whether the tensor must be converted with these nodes in integers."""
@@ -205,17 +208,8 @@ class PlacementProblem:
 
     def with_dear_conversions(self) -> PlacementProblem:
         """The same with conversions as dear as among operators of all kinds, where layouts change, too."""
-        dear = [
-            t if self._is_float_anyway(t) else replace(t, switch_us=CONVERSION_FACTOR * t.switch_us)
-            for t in self.tensors
-        ]
-        return replace(self, tensors=dear)
-
-    def _is_float_anyway(self, tensor: TensorCost) -> bool:
-        """Whether what writes a tensor, or all that reads it, is float in every division."""
-        made = tensor.producer is not None and not tensor.codes and tensor.producer not in self.costs
-        fixed = (reader is not None and reader not in self.costs for reader in tensor.readers)
-        return made or (bool(tensor.readers) and all(fixed))
+        dear = (t if t.pointwise else replace(t, switch_us=CONVERSION_FACTOR * t.switch_us) for t in self.tensors)
+        return replace(self, tensors=list(dear))
 
     def time(self, integer: Set[Node]) -> float:
         """The time in us of one run with these nodes in integers, as far as the table knows."""
@@ -277,6 +271,7 @@ def find_tensor_costs(
 ) -> list[TensorCost]:
     """The tensors that may be converted. costs: the nodes that can change. switch: the cost of converting a tensor."""
     fused = set(plan.absorbed.values())
+    of_gelus = {node for gelu in find_gelus(model) for node in gelu.nodes}
     made: list[tuple[Value, Node | None]] = [(value, None) for value in model.graph.inputs]
     made += [(value, node) for node in model.nodes() for value in node.outputs]
     tensors = []
@@ -287,7 +282,8 @@ def find_tensor_costs(
         readers = [node for node in model.readers(value) if _reads_data(node, value)]
         outside = (None,) if value.is_graph_output() else ()
         codes = value in plan.given and producer not in costs
-        tensors.append(TensorCost(value, producer, (*readers, *outside), switch(value), codes))
+        pointwise = producer in of_gelus or (bool(readers) and {*readers, *outside} <= of_gelus)
+        tensors.append(TensorCost(value, producer, (*readers, *outside), switch(value), codes, pointwise))
     return tensors
 
 
