@@ -46,6 +46,7 @@ from qconv.ir.stored_weights import (
     iter_constants,
     weight_bits_of,
 )
+from qconv.results.precision import FOR_ACCURACY
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ class QuantizedModel:
     options: tuple[str, ...]
     preprocessing: Mapping[str, Any] | None
     placed: int
+    for_accuracy: int
     layers: tuple[QuantizedLayerRow, ...]
     other_constants: int
 
@@ -201,7 +203,7 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         name, _, meaning = FILE_FORMATS[-1]
     counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model = load_unchanged(proto, source)
-    recipe = _drop_nan(read_recipe(carried))
+    recipe, placed = _drop_nan(read_recipe(carried)), read_placed_nodes(carried)
     reader = _LayerReader(model, recipe_from_dict(recipe) if recipe else None, size)
     layers = tuple(row for node in model.nodes() if (row := reader.row(node)) is not None)
     owned = sum(layer.bytes for layer in layers)
@@ -219,7 +221,8 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         recipe=recipe,
         options=tuple(command_line_options(recipe)) if recipe else (),
         preprocessing=_read_preprocessing(carried),
-        placed=len(read_placed_nodes(carried)),
+        placed=len(placed),
+        for_accuracy=sum(FOR_ACCURACY in why for why in placed.values()),
         layers=layers,
         other_constants=sum(constant_bytes(value) for value in iter_constants(model)) - owned,
     )

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from qconv.ir.model import Model, Node, Value, constant_scalar
 from qconv.ir.rewriting import standard_op_type
 
-TOLERANCE = 1e-4
-"""Relative, of constants: some exporters write 1.4142."""
+TOLERANCE = 1.5e-4
+"""Relative, of constants: some exporters write 1.4142, or a number of 16 bits."""
 
 
 GELU_REASON = "part of a Gelu, which is one operator as long as nothing in it is rounded"
@@ -25,7 +25,7 @@ class Gelu:
     """A Gelu of five operators.
 
     data: x. inner: divides it by sqrt(2), or multiplies by the inverse. erf, plus_one: behind it. product, outer: the
-    Mul that reads 1 + erf, and that which writes y; one of two, `halving`, or else a third Mul halves.
+    Mul that reads 1 + erf, and what writes y; one of two, `halving`, or else a third node halves.
     """
 
     data: Value
@@ -54,8 +54,8 @@ def find_gelus(model: Model) -> list[Gelu]:
 
 
 def halves_gelu(model: Model, node: Node) -> bool:
-    """Whether a Mul halves a Gelu, in front of the product with 1 + erf or behind it."""
-    if standard_op_type(node) != "Mul" or not any(_is_about(value, 0.5) for value in node.inputs):
+    """Whether a node halves a Gelu, in front of the product with 1 + erf or behind it."""
+    if _halved(node) is None:
         return False
     behind = model.sole_reader(node.outputs[0])
     near = [node, *(() if behind is None else (behind,))]
@@ -76,19 +76,23 @@ def find_gelu(model: Model, erf: Node) -> Gelu | None:
     product = model.sole_reader(plus_one.outputs[0])
     if product is None or standard_op_type(product) != "Mul":
         return None
-    gate, halved = plus_one.outputs[0], _other_side(product, "Mul", 0.5)
+    gate, halved = plus_one.outputs[0], _halved(product)
     behind = model.sole_reader(product.outputs[0])
     if halved is gate and behind is not None and _are_inputs(behind, product.outputs[0], data):
         return Gelu(data, inner, erf, plus_one, product, behind, product)
-    if behind is not None and _are_inputs(product, gate, data) and _other_side(behind, "Mul", 0.5) is not None:
+    if behind is not None and _are_inputs(product, gate, data) and _halved(behind) is product.outputs[0]:
         return Gelu(data, inner, erf, plus_one, product, behind, behind)
     for value in product.inputs:
         half = _producer(value)
-        if half is None or _other_side(half, "Mul", 0.5) is not data:
+        if half is None or _halved(half) is not data:
             continue
         if model.sole_reader(half.outputs[0]) is product and _are_inputs(product, gate, half.outputs[0]):
             return Gelu(data, inner, erf, plus_one, product, product, half)
     return None
+
+
+def _halved(node: Node) -> Value | None:
+    return _other_side(node, "Mul", 0.5) or _other_side(node, "Div", 2.0)
 
 
 def _other_side(node: Node, op_type: str, number: float) -> Value | None:

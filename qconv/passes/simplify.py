@@ -210,14 +210,20 @@ def divide_by_multiplying(model: Model, node: Node) -> list[Change]:
 def unify_gelus(model: Model, node: Node) -> list[Change]:
     """Write a Gelu as ONNX Runtime knows it: x divided by sqrt(2), and 1 + erf multiplied by x before it is halved."""
     gelu = find_gelu(model, node)
-    if gelu is None or (gelu.inner.op_type == "Div" and not gelu.is_halved_between):
+    if gelu is None:
         return []
-    if gelu.inner.op_type == "Mul":
-        model.become(gelu.inner, "Div", [gelu.data, model.constant("sqrt_2", np.array(2**0.5, np.float32))])
+    root, half = np.array(2**0.5, np.float32), np.array(0.5, np.float32)
+    divided = gelu.inner.op_type == "Div" and constant_scalar(gelu.inner.inputs[1]) == float(root)
+    if divided and gelu.halving.op_type == "Mul" and not gelu.is_halved_between:
+        return []
+    if not divided:
+        model.become(gelu.inner, "Div", [gelu.data, model.constant(f"{title(gelu.inner)}_root", root)])
     if gelu.is_halved_between:
-        half = next(value for value in gelu.product.inputs if value is not gelu.plus_one.outputs[0])
         model.become(gelu.product, "Mul", [gelu.data, gelu.plus_one.outputs[0]])
-        model.become(gelu.outer, "Mul", [gelu.product.outputs[0], half])
+    if gelu.is_halved_between or gelu.halving.op_type == "Div":
+        last = gelu.outer if gelu.is_halved_between else gelu.halving
+        halved = gelu.product.outputs[0] if gelu.is_halved_between else data_input(last)
+        model.become(last, "Mul", [halved, model.constant(f"{title(last)}_half", half)])
     return [Change("simplify", title(gelu.outer), "Gelu written as runtimes know it")]
 
 

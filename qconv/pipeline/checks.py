@@ -33,6 +33,7 @@ from qconv.planning.plan import Plan
 from qconv.planning.planner import KEPT_FLOAT_BY_OPTION, is_quantizable_layer
 from qconv.quantizer import SMALLEST_SCALE
 from qconv.reporter import Reporter
+from qconv.results.precision import FOR_ACCURACY
 from qconv.results.quantize import Audit, OutputScore, Verification
 from qconv.results.scores import AGREEMENT, BOXES
 from qconv.runtime.session import Session
@@ -218,6 +219,13 @@ def warn_of_result(checked: Verification, sizes: tuple[int, int], advice: str, r
     before, after = sizes
     if after > before:
         reporter.warn(f"the quantized model is larger than the float one: {after:,} bytes for {before:,}.")
+
+
+def warn_of_all_float(audited: Audit, reporter: Reporter) -> None:
+    """Warn of a result of which accuracy has left nothing in integers."""
+    if not audited.integer and any(FOR_ACCURACY in node.why for node in audited.placed):
+        what = "for accuracy nothing runs in integers: the file is smaller than the float model, and no faster"
+        reporter.warn(f"{what}; --float-budget 0 takes the fastest division.")
 
 
 def audit_staged(staged: files.StagedModel, model: Model, known: PlannedReasons, feed: DataLoader | None) -> Audit:

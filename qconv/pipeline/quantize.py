@@ -39,6 +39,7 @@ from qconv.pipeline.checks import (
     find_tensors_of_pictures,
     places_of,
     verify_staged,
+    warn_of_all_float,
     warn_of_result,
     warn_of_uncorrected_biases,
     warn_of_vain_keep_float,
@@ -372,6 +373,7 @@ class _QuantizationRun:
             self._warn_of_chance(original)
         warn_of_vain_keep_float(plan, audited, self.reporter)
         warn_of_vain_pack(plan, self.recipe, self.reporter)
+        warn_of_all_float(audited, self.reporter)
         warn_of_result(checked, (self.prepared.size, staged.size), self.advice, self.reporter)
         return checked, audited
 

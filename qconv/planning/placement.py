@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qconv.config.data_options import Preprocessing
 from qconv.config.recipe import Recipe
@@ -108,6 +109,15 @@ def infer_run_shapes(model: Model, fed: Preprocessing | None) -> Shapes:
     sides = own if fed is None else fed.shape[1:]
     known = [side for side in sides if side is not None]
     return infer_shapes_at(model, first.name or "", [batch or 1, *known]) if len(known) == len(sides) else {}
+
+
+def infer_sample_shapes(model: Model, feed: Mapping[str, Any]) -> Shapes:
+    """The shapes of all tensors in a run of one ready-made sample. feed: a batch of these, by the names of inputs."""
+    first = model.graph.inputs[0] if model.graph.inputs else None
+    array = None if first is None else feed.get(first.name or "")
+    if first is None or array is None:
+        return {}
+    return infer_shapes_at(model, first.name or "", [1, *array.shape[1:]])
 
 
 def place_by_cost_table(model: Model, plan: Plan, shapes: Shapes, table: CostTable) -> dict[str, str]:

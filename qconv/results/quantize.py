@@ -9,7 +9,7 @@ from typing import Any
 from qconv.errors import Change, Finding, Skipped
 from qconv.results.float_share import FloatShare
 from qconv.results.gates import Gate
-from qconv.results.precision import PrecisionReport
+from qconv.results.precision import FOR_ACCURACY, PrecisionReport
 from qconv.results.scores import (
     AGREEMENT,
     SQNR,
@@ -213,7 +213,9 @@ def group_float_nodes(islands: Iterable[FloatNode]) -> list[list[FloatNode]]:
     groups: dict[tuple[str, ...], list[FloatNode]] = {}
     for island in islands:
         # reasons that name neighbours are as many as there are nodes: the rule tells them apart
-        groups.setdefault((island.op, island.rule, island.remedy or ""), []).append(island)
+        # - but what is for accuracy is told from what is faster
+        reason = island.why if FOR_ACCURACY in island.why else ""
+        groups.setdefault((island.op, island.rule, island.remedy or "", reason), []).append(island)
     return sorted(groups.values(), key=lambda group: -sum(island.us or 0.0 for island in group))
 
 

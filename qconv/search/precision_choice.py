@@ -31,6 +31,7 @@ from qconv.planning.operator_costs import Shapes
 from qconv.planning.placement import (
     PlacementProblem,
     infer_run_shapes,
+    infer_sample_shapes,
     is_placement_supported,
     select_cost_table,
     select_cpu_tables,
@@ -122,7 +123,8 @@ def choose_division(
         budget = PRECISE_SHARE if target.costs is None else FLOAT_BUDGET
     if not _is_choice_supported(recipe) or not budget or not noises or not apart.feeds:
         return ChosenDivision(known)
-    model, shapes = folded.model, infer_run_shapes(folded.model, fed)
+    model = folded.model
+    shapes = infer_run_shapes(model, fed) or infer_sample_shapes(model, apart.feeds[0])
     whole = replan(folded.plan, model, floats={})
     costs, *cpus = _count_costs(model, whole, shapes, recipe)
     if not costs.time(whole.integer):  # sizes are not known before a run, nor are times
@@ -189,16 +191,21 @@ class DivisionCurve:
 
     def carry_out(self, index: int) -> FoldedNetwork:
         """The network of a division."""
-        return self.trial.divide(self.search.points[index].integer)
+        return self.trial.divide(self.search.points[index].integer, self.tell(index).why)
+
+    def tell(self, index: int) -> PrecisionReport:
+        """What is told of the curve with a division taken."""
+        trial = self.trial
+        report = self.search.report(index, trial.images.count, apart=trial.images.apart)
+        if TARGETS[trial.recipe.target].costs is None:
+            bits = trial.recipe.high_precision or FLOAT_BITS
+            report = replace(report, bits=bits, share=trial.measure_share(self.search.points[index].integer))
+        return report
 
     def take(self, index: int) -> ChosenDivision:
         """Take a division, with what is told of it."""
         self.chosen, trial, known = index, self.trial, self.trial.folded.plan.floats
-        report = self.search.report(index, trial.images.count, apart=trial.images.apart)
-        integer = self.search.points[index].integer
-        if TARGETS[trial.recipe.target].costs is None:
-            bits = trial.recipe.high_precision or FLOAT_BITS
-            report = replace(report, bits=bits, share=trial.measure_share(integer))
+        report, integer = self.tell(index), self.search.points[index].integer
         if index == 0:
             return ChosenDivision(known, report=report, curve=self)
         floats, wide = trial.name_nodes(integer, report.why)
@@ -234,9 +241,9 @@ class _DivisionTrial:
         named = {name: found[name] for name in every if name in found}
         return ({}, named) if self.recipe.high_precision == WIDE_BITS else (named, {})
 
-    def divide(self, integer: Set[Node]) -> FoldedNetwork:
-        """The network with these nodes on 8 bits."""
-        floats, wide = self.name_nodes(integer, STEP)
+    def divide(self, integer: Set[Node], why: str = STEP) -> FoldedNetwork:
+        """The network with these nodes on 8 bits. why: the others have more."""
+        floats, wide = self.name_nodes(integer, why)
         return divide(self.folded, floats=floats, wide=wide)
 
     def measure_share(self, integer: Set[Node]) -> PreciseShare:
@@ -308,10 +315,15 @@ class CurveSearch:
         return best if best and self._measured_db(best) >= self._measured_db(0) + LEAST_GAIN_DB else 0
 
     def find_holding(self, start: int, holds: Callable[[Division], bool]) -> int:
-        """The first point from `start` on that holds, or `start` where none does."""
+        """The first point from `start` on that holds; where none does, the last one, if it has more than `start`.
+
+        It may yet: weights are only rounded to the nearest here.
+        """
         last = len(self.points) - 1
-        if holds(self.points[start]) or start == last or not holds(self.points[last]):
+        if holds(self.points[start]) or start == last:
             return start
+        if not holds(self.points[last]):
+            return last if self._measured_db(last) >= self._measured_db(start) + LEAST_WORTH_DB else start
         found = self._first_of(range(start, len(self.points)), lambda index: holds(self.points[index]))
         self._measured_db(found)
         return found

@@ -427,6 +427,8 @@ def test_values_that_cannot_be_are_refused_when_they_are_made(make: Any, fact: s
         ((8, 16, 32), {"target": "tensorrt"}, "8,16,float with --target tensorrt", "use 8,float: TensorRT takes int8"),
         ((8, 16), {"target": "openvino"}, "with --target openvino", "use 8,float: OpenVINO"),
         ((8, 32), {"data_free": True}, "8,float without pictures", "pass some with --calib"),
+        ((8, 32), {"float_budget": 0.0}, "8,float with --float-budget 0", "leave one of them out"),
+        ((8, 16), {"float_budget": 0.0, "target": "generic"}, "8,16 with --float-budget 0", "leave one of them out"),
     ],
 )
 def test_candidates_for_activations_that_cannot_be(

@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from qconv.auditing.audit import audit_file
+from qconv.config.choices import Drop
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import Change
@@ -142,7 +143,8 @@ def test_gates_ask_for_the_first_that_holds(count: int) -> None:
                 tried.append(point)
                 return search.points.index(point) >= first
 
-            expected = next((index for index in range(start, count) if index >= first), start)
+            # where none does, the most accurate one, which may yet: weights are only rounded to the nearest here
+            expected = next((index for index in range(start, count) if index >= first), count - 1)
             assert search.find_holding(start, holds) == expected
             assert len(tried) <= 2 + math.ceil(math.log2(count - start)) + 1
             assert start == expected or expected in search.measured
@@ -275,3 +277,23 @@ def test_what_a_selection_reads_is_measured_in_the_quantized_network(samples: Pa
     assert report.precision is not None
     assert report.precision.chosen.measured_db is not None
     assert {node.node for node in report.audit.placed} >= {"a", "c"}
+
+
+def test_sizes_that_the_model_leaves_open_are_those_of_the_samples(samples: Path) -> None:
+    """With the sizes written down, the same nodes stay in float."""
+    proto = loud(120.0)
+    for side in proto.graph.input[0].type.tensor_type.shape.dim[2:]:
+        side.dim_param = "side"
+    del proto.graph.value_info[:]
+    report, _ = run_on(proto, samples)
+    assert {node.node for node in report.audit.placed} == {"a", "c"}
+
+
+def test_a_drop_that_activations_keep_is_told_as_for_accuracy(samples: Path) -> None:
+    """Divisions are carried out before one is taken: the reason is that of the one that was."""
+    recipe = replace(RECIPE, max_drop=Drop("sqnr", 25.0), candidate_bits=(8,))
+    report, result = run_on(loud(120.0), samples, recipe)
+    carried = {entry.key: entry.value for entry in onnx.load_from_string(result).metadata_props}
+    assert report.precision is not None
+    assert [*json.loads(carried["qconv.placed"])] == [f"accuracy: {report.precision.in_words}"]
+    assert {node.why for node in report.audit.placed} == {f"accuracy: {report.precision.in_words}"}
