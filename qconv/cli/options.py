@@ -499,7 +499,8 @@ quantize_options = combine_options(
         metavar="0..1",
         help="Share of the all-integer time that may be spent on float for accuracy; of other targets than ort-cpu, "
         "the share of activations that may have more than 8 bits; 0 for none.  "
-        f"[default: {FLOAT_BUDGET}, with --tune-ranges; {PRECISE_SHARE} beside --candidate-activation-bits for others]",
+        f"[default: {FLOAT_BUDGET}, with --tune-ranges or --effort fast; {PRECISE_SHARE} beside "
+        "--candidate-activation-bits for others]",
     ),
     click.option(
         "--scale-gates/--no-scale-gates",
