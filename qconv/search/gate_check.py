@@ -19,7 +19,7 @@ from qconv.search.candidate import SCORED_BYTES
 
 @dataclass(slots=True)
 class GateCheck:
-    """The gates of a recipe, on the images of `feed`.
+    """The gates of a recipe, on the images of `feed`. Those that the float model itself misses are no reason to spend.
 
     original: the user's own model. labels: of the images; None without any.
     """
@@ -30,9 +30,10 @@ class GateCheck:
     labels: Labels | None
     reporter: Reporter
     _scored: ReferenceOutputs | None = field(default=None, init=False)
+    _possible: bool = field(default=True, init=False)
 
     def holds(self, model: Model) -> bool:
-        """Whether a quantized model holds all gates. Runs the float model, the first time."""
+        """Whether a quantized model holds all gates, or the float one does not. Runs that, too, the first time."""
         if self._scored is None:
             self._scored = collect_reference_outputs(
                 self.original,
@@ -42,7 +43,13 @@ class GateCheck:
                 reporter=self.reporter,
                 labels=self.labels,
             )
+            self._possible = self._hold(self._scored, self.original)
+        if not self._possible:
+            return True
         with runnable_with_outputs(model, ()) as runnable:
             on_ort = TARGETS[self.recipe.target].on_ort
             session = Session(runnable, name="the quantized model", threads=self.recipe.threads, optimize=on_ort)
-            return all(gate.held for gate in check_gates(self._scored.score(session), self.recipe))
+            return self._hold(self._scored, session)
+
+    def _hold(self, scored: ReferenceOutputs, session: Session) -> bool:
+        return all(gate.held for gate in check_gates(scored.score(session), self.recipe))

@@ -127,7 +127,14 @@ def test_the_loud_tensor_stays_float_where_16_bits_are_not_taken(samples: Path, 
     assert bits(unsaid) == bits(report)
 
 
-@pytest.mark.parametrize("options", [{"float_budget": 0.0}, {"float_budget": 0.1}, {"candidate_activation_bits": None}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"float_budget": 0.1},
+        {"candidate_activation_bits": None},
+        {"candidate_activation_bits": None, "float_budget": 0.0},
+    ],
+)
 def test_nothing_has_more_bits_beyond_the_budget_or_unasked(samples: Path, options: dict[str, Any]) -> None:
     """The cheapest division takes 3 of 18 tensors, which is more than a tenth."""
     report, _ = run(samples, **{**ASKED, **options})
