@@ -110,11 +110,10 @@ def check_candidate_activation_bits(recipe: Recipe) -> None:
         hint = "pass some with --calib, or leave it out: what 8 bits lose is measured on them."
         require(not recipe.data_free, f"{told} without pictures", hint)
         require(recipe.stats is None, f"{told} with --stats", "leave one of them out: pictures are looked at again.")
-        hint = "pass --tune-ranges as well: what 8 bits lose is measured by it; or leave it out."
-        told_by = recipe.tune_ranges or recipe.divides_by_statistics or recipe.float_budget == 0
-        require(bool(told_by), f"{told} without --tune-ranges", hint)
         hint = "leave one of them out: nothing may have more than 8 bits with a budget of 0."
         require(recipe.float_budget != 0, f"{told} with --float-budget 0", hint)
+        hint = "pass --tune-ranges as well: what 8 bits lose is measured by it; or leave it out."
+        require(recipe.tune_ranges or recipe.divides_by_statistics, f"{told} without --tune-ranges", hint)
 
 
 def check_target(recipe: Recipe) -> None:

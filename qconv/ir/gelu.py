@@ -16,7 +16,6 @@ from qconv.ir.rewriting import standard_op_type
 TOLERANCE = 1.5e-4
 """Relative, of constants: some exporters write 1.4142, or a number of 16 bits."""
 
-
 GELU_REASON = "part of a Gelu, which is one operator as long as nothing in it is rounded"
 
 
@@ -55,14 +54,7 @@ def find_gelus(model: Model) -> list[Gelu]:
 
 def halves_gelu(model: Model, node: Node) -> bool:
     """Whether a node halves a Gelu, in front of the product with 1 + erf or behind it."""
-    if _halved(node) is None:
-        return False
-    behind = model.sole_reader(node.outputs[0])
-    near = [node, *(() if behind is None else (behind,))]
-    for _ in range(3):  # erf, 1 + erf, the product
-        near += [made for reader in near for made in map(_producer, reader.inputs) if made is not None]
-    found = (find_gelu(model, erf) for erf in dict.fromkeys(near) if standard_op_type(erf) == "Erf")
-    return any(gelu is not None and gelu.halving is node for gelu in found)
+    return _halved(node) is not None and any(gelu.halving is node for gelu in find_gelus(model))
 
 
 def find_gelu(model: Model, erf: Node) -> Gelu | None:

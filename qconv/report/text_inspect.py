@@ -140,13 +140,9 @@ def format_quantized_model(found: QuantizedModel, *, verbose: bool) -> str:
         if isinstance(own, list) and own:
             lines.append(_wrap_titled("", f"and --layer-bits with {format_count(len(own), 'line')}: see --json"))
         if found.placed:
-            why = "because that is faster"
-            if found.for_accuracy:
-                why = (
-                    f"for accuracy {found.for_accuracy} of them"
-                    if found.for_accuracy < found.placed
-                    else "for accuracy"
-                )
+            some = f"{found.for_accuracy} of them for accuracy, others because that is faster"
+            whys = {0: "because that is faster", found.placed: "for accuracy"}
+            why = whys.get(found.for_accuracy, some)
             lines.append(_wrap_titled("placed", f"{format_count(found.placed, 'operator')} in float, {why}"))
     if found.preprocessing is not None:
         lines.append(_wrap_titled("pictures", _describe_preprocessing(found.preprocessing)))
