@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from qconv.analysis.inspect_quantized import inspect_quantized
 from qconv.auditing.audit import audit_file
 from qconv.config.choices import Drop
 from qconv.config.data_options import DataOptions
@@ -20,6 +21,7 @@ from qconv.errors import Change
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
 from qconv.planning.precision_curve import Division, PrecisionCurve
+from qconv.report.text_inspect import format_quantized_model
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
 from qconv.search.precision_choice import MOST_MEASURED, CurveSearch
@@ -256,6 +258,8 @@ def test_the_file_says_why(mended: tuple[Report, bytes], tmp_path: Path) -> None
     assert why == f"accuracy: {report.precision.gained_db:.1f} dB for {report.precision.spent:.0%} of the time"
     path = tmp_path / "q.onnx"
     path.write_bytes(result)
+    told = format_quantized_model(inspect_quantized(Source("q", path)), verbose=False)
+    assert "3 operators in float, for accuracy\n" in told
     audited = audit_file(Source("q", path), threads=1, batch=None, size=None).audit
     assert {node.node: (node.why, node.rule) for node in audited.placed} == {
         "a": (why, "placed"),
