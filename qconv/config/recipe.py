@@ -425,6 +425,12 @@ class Recipe:
         return self.rounding != "nearest" or self.bias_correction == "sequential"
 
     @property
+    def corrects_gains(self) -> bool:
+        """Whether scales and biases may take back what quantization does to outputs of layers, as it was measured."""
+        learned = self.rounding == "reconstruct"
+        return bool(self.tune_ranges) and not learned and self.bias_correction in ("measured", "sequential")
+
+    @property
     def searches(self) -> bool:
         """Whether bits of layers are searched for."""
         return self.max_drop is not None or self.target_size is not None

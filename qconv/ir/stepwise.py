@@ -87,6 +87,13 @@ class StepwiseRun:
             self._run(self._missing(value), value)
         return self._held[value]
 
+    def replace_values(self, value: Value, numbers: Iterable[NDArray[Any]]) -> None:
+        """Hold other numbers of a tensor from now on, that of the last `values_of`, batch by batch."""
+        old = self._held[value]
+        self._held[value] = StoredArrays([self._store.put(array) for array in numbers])
+        for held in old.held:
+            held.drop()
+
     def codes_of(self, value: Value) -> tuple[StoredArrays, QuantParams | None]:
         """Like `values_of`, but returns the codes of a dequantized tensor, with their parameters; None for floats."""
         found = read_dequantizer(value)

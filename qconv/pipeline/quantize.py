@@ -71,6 +71,7 @@ from qconv.search.gate_check import GateCheck
 from qconv.search.latency import tune_latency
 from qconv.search.local_noise import divide_by_statistics
 from qconv.search.mixed_precision import check_target_size, predict_recipe, search_bits
+from qconv.search.output_gains import GainTrial
 from qconv.search.precision_choice import DivisionCurve, HoldsGates
 from qconv.search.tuned_ranges import tune_ranges
 
@@ -146,6 +147,7 @@ class _QuantizationRun:
         in_float: Shares of work and of weights that stay in float, once it is known which do.
         precision: The curve that the division between integers and more precision was chosen on.
         curve: The divisions themselves, for a search that needs another.
+        gains: Corrects those of layers, where images are left to measure it on.
     """
 
     source: Source
@@ -165,6 +167,7 @@ class _QuantizationRun:
     in_float: tuple[float, float] = (0.0, 0.0)
     precision: PrecisionReport | None = None
     curve: DivisionCurve | None = None
+    gains: GainTrial | None = None
 
     @classmethod
     def of(
@@ -270,7 +273,7 @@ class _QuantizationRun:
             tuned = step(folded, recipe, pictures.feed, fed, parts, self.reporter, self._gate_check)
             self._take_over(tuned.folded)
             self.findings += tuned.findings
-            self.precision, self.curve = tuned.precision, tuned.curve
+            self.precision, self.curve, self.gains = tuned.precision, tuned.curve, tuned.gains
 
     @property
     def _gate_check(self) -> HoldsGates | None:
@@ -328,6 +331,9 @@ class _QuantizationRun:
             with self.clock.step("round"):
                 feeds = pictures.feed.take(choose_rounding_effort(solution.plan, recipe).pictures, "read again")
                 round_second_order_in_place(solution, folded, recipe, feeds, pictures.data.seed, self.reporter)
+        if self.gains is not None and recipe.corrects_gains:
+            with self.clock.step("gains"):
+                self.gains.correct(solution, folded, recipe, self.reporter)
         return solution
 
     def emit(self, solution: QuantizationSolution) -> list[TensorRow]:

@@ -143,7 +143,7 @@ class _SequentialRounder:
                         self.params.layers[index] = chosen
                 if why is not None:
                     self.findings.append(Skipped("round", chosen.layer.node.name or "", why))
-                _replace_weights(simulated, quantized_node, chosen)
+                replace_weights(simulated, quantized_node, chosen)
         reporter.progress("round", len(refusals), len(refusals))
 
     def _refusals(self) -> list[str | None]:
@@ -237,7 +237,7 @@ def _count_images(feed: Mapping[str, NDArray[Any]]) -> int:
     return max(1, min((len(x) for x in feed.values() if x.ndim), default=1))
 
 
-def _replace_weights(model: Model, node: Node, chosen: LayerParams) -> None:
+def replace_weights(model: Model, node: Node, chosen: LayerParams) -> None:
     """Give the layer the weights and the bias that its codes stand for."""
     weight = chosen.weight.dequantize(chosen.codes).reshape(read_weight_shape(node))
     model.set_input(node, 1, model.constant(f"{node.name}_rounded", weight))

@@ -28,7 +28,6 @@ from qconv.errors import Change, Finding, Skipped, format_some
 from qconv.ir.layers import Float64
 from qconv.ir.model import Model
 from qconv.ir.rewriting import EditRefused
-from qconv.metrics.output_parts import Parts
 from qconv.passes.equalize import plan_channel_observers
 from qconv.passes.scale_gates import (
     ScalableGate,
@@ -45,8 +44,8 @@ from qconv.planning.precision_curve import TensorNoise
 from qconv.search.activation_ranges import RangeSearch
 from qconv.search.candidate import FoldedNetwork
 from qconv.search.loudest_images import PickedImages
+from qconv.search.output_noise import OutputNoise
 from qconv.search.precision_choice import MOST_NAMED
-from qconv.search.range_widths import measure_noise
 
 STEP = "gates"
 
@@ -71,10 +70,8 @@ def scale_loud_gates(
     recipe: Recipe,
     feed: DataLoader,
     found: RangeSearch,
-    names: Sequence[str],
     images: PickedImages,
-    apart: PickedImages,
-    parts: Parts,
+    apart: OutputNoise,
 ) -> ScaledGates:
     """Scale the gates that the outputs gain from.
 
@@ -83,14 +80,14 @@ def scale_loud_gates(
         recipe: How to quantize.
         feed: All images, which show the ranges of tensors that are scaled.
         found: Ranges by what the outputs lose, and the noise of tensors at the outputs.
-        names: Of the tensors that count.
         images: Those that show what channels do.
-        apart: Images that ranges were not chosen on.
-        parts: Of outputs.
+        apart: Measures the noise on images that ranges were not chosen on.
     """
     gates = _find_loud(folded, found.noises)
-    if not gates or not apart.feeds:
-        why = f"none that can be scaled makes {LEAST_SHARE:.0%} of the noise" if apart.feeds else "too few images"
+    if not gates or not apart.images.feeds:
+        why = (
+            f"none that can be scaled makes {LEAST_SHARE:.0%} of the noise" if apart.images.feeds else "too few images"
+        )
         return ScaledGates(folded, [Skipped(STEP, "all gates", why)])
     try:
         scaled, tensors = _scale(folded, recipe, feed, images, [gate.data.name or "" for gate in gates])
@@ -99,8 +96,7 @@ def scale_loud_gates(
     ranges = {**folded.set_ranges, **found.ranges}
     others = {name: known for name, known in ranges.items() if name not in tensors}
     before, after = (
-        measure_noise(replace(one, set_ranges=own), recipe, names, apart, parts)
-        for one, own in ((folded, ranges), (scaled, others))
+        apart.of_nearest(replace(one, set_ranges=own), recipe) for one, own in ((folded, ranges), (scaled, others))
     )
     gain = 10 * math.log10(max(before, TINY) / max(after, TINY))
     where = format_some([gate.product.name or "" for gate in gates], MOST_NAMED)

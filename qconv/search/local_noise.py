@@ -26,6 +26,7 @@ from qconv.runtime.session import Session
 from qconv.search.candidate import FoldedNetwork
 from qconv.search.division import divide
 from qconv.search.loudest_images import STEP, PickedImages
+from qconv.search.output_noise import OutputNoise
 from qconv.search.precision_choice import HoldsGates, choose_division
 from qconv.search.tuned_ranges import TunedRanges
 
@@ -52,7 +53,7 @@ def divide_by_statistics(
     images = PickedImages(feeds, [1.0] * len(feeds), [session.run(names, batch) for batch in feeds])
     parts = add_selected_parts(parts, folded.model)
     noises = estimate_noises(folded, recipe)
-    found = choose_division(folded, recipe, fed, noises, names, images, parts, reporter, holds_gates)
+    found = choose_division(folded, recipe, fed, noises, OutputNoise(names, images, parts), reporter, holds_gates)
     if found.wide or found.floats != folded.plan.floats:
         folded = divide(folded, floats=found.floats, wide=found.wide)
     return TunedRanges(folded, found.findings, found.report, found.curve)

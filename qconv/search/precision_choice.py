@@ -26,7 +26,6 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, Skipped, format_some
 from qconv.ir.model import Model, Node
-from qconv.metrics.output_parts import Parts
 from qconv.planning.operator_costs import Shapes
 from qconv.planning.placement import (
     PlacementProblem,
@@ -47,8 +46,7 @@ from qconv.reporter import Reporter
 from qconv.results.precision import PreciseShare, PrecisionPoint, PrecisionReport
 from qconv.search.candidate import FoldedNetwork, build_quantized_model, round_to_nearest
 from qconv.search.division import divide
-from qconv.search.loudest_images import PickedImages
-from qconv.search.range_widths import measure_noise, with_fine_weights
+from qconv.search.output_noise import OutputNoise, with_fine_weights
 
 STEP = "precision"
 
@@ -93,9 +91,7 @@ def choose_division(
     recipe: Recipe,
     fed: Preprocessing | None,
     noises: Sequence[TensorNoise],
-    names: Sequence[str],
-    apart: PickedImages,
-    parts: Parts,
+    apart: OutputNoise,
     reporter: Reporter,
     holds_gates: HoldsGates | None = None,
 ) -> ChosenDivision:
@@ -111,9 +107,7 @@ def choose_division(
         recipe: How to quantize.
         fed: Preprocessing of the network, which settles dynamic sizes; None for ready-made samples.
         noises: Of tensors at the outputs, each alone.
-        names: Of the tensors that count.
-        apart: Images that noises were not measured on.
-        parts: Of outputs.
+        apart: Measures the noise on images that `noises` were not measured on.
         reporter: Hears of progress.
         holds_gates: Tells whether a model holds the gates; None where there are none.
     """
@@ -121,10 +115,10 @@ def choose_division(
     budget = recipe.float_budget
     if budget is None:
         budget = PRECISE_SHARE if target.costs is None else FLOAT_BUDGET
-    if not _is_choice_supported(recipe) or not budget or not noises or not apart.feeds:
+    if not _is_choice_supported(recipe) or not budget or not noises or not apart.images.feeds:
         return ChosenDivision(known)
     model = folded.model
-    shapes = infer_run_shapes(model, fed) or infer_sample_shapes(model, apart.feeds[0])
+    shapes = infer_run_shapes(model, fed) or infer_sample_shapes(model, apart.images.feeds[0])
     whole = replan(folded.plan, model, floats={})
     costs, *cpus = _count_costs(model, whole, shapes, recipe)
     if not costs.time(whole.integer):  # sizes are not known before a run, nor are times
@@ -133,7 +127,7 @@ def choose_division(
     ranges = choose_ranges(folded.plan, folded.sketches, recipe, folded.set_ranges)  # once, not for each division
     known_ranges = {value.name or "": found for value, found in ranges.items()}
     undivided = replace(folded, set_ranges=known_ranges)
-    trial = _DivisionTrial(undivided, recipe, whole, shapes, names, apart, parts)
+    trial = _DivisionTrial(undivided, recipe, whole, shapes, apart)
     problem = PrecisionProblem.of(model, whole, costs, noises, cpus)
     search = CurveSearch(problem.fastest(folded.plan.integer), lambda point: trial.measure(point.integer))
     curve = DivisionCurve(problem, search, trial)
@@ -196,7 +190,7 @@ class DivisionCurve:
     def tell(self, index: int) -> PrecisionReport:
         """What is told of the curve with a division taken."""
         trial = self.trial
-        report = self.search.report(index, trial.images.count, apart=trial.images.apart)
+        report = self.search.report(index, trial.apart.images.count, apart=trial.apart.images.apart)
         if TARGETS[trial.recipe.target].costs is None:
             bits = trial.recipe.high_precision or FLOAT_BITS
             report = replace(report, bits=bits, share=trial.measure_share(self.search.points[index].integer))
@@ -223,16 +217,14 @@ _LEFT = {FLOAT_BITS: "left in float", WIDE_BITS: "computed on 16 bits"}
 class _DivisionTrial:
     """Carries out divisions, with ranges as they are by now.
 
-    folded: undivided. whole: the plan of all in integers. shapes: of all tensors, for one run. images: to measure on.
+    folded: undivided. whole: the plan of all in integers. shapes: of all tensors, for one run. apart: measures them.
     """
 
     folded: FoldedNetwork
     recipe: Recipe
     whole: Plan
     shapes: Shapes
-    names: Sequence[str]
-    images: PickedImages
-    parts: Parts
+    apart: OutputNoise
 
     def name_nodes(self, integer: Set[Node], why: str) -> tuple[dict[str, str], dict[str, str]]:
         """The nodes in float and those on 16 bits, by name with the reason. integer: those on 8 bits."""
@@ -257,7 +249,7 @@ class _DivisionTrial:
 
     def measure(self, integer: Set[Node]) -> float:
         """The noise at the outputs with these nodes on 8 bits."""
-        return measure_noise(self.divide(integer), self.recipe, self.names, self.images, self.parts)
+        return self.apart.of_nearest(self.divide(integer), self.recipe)
 
 
 @dataclass(slots=True)

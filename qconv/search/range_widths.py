@@ -12,34 +12,25 @@ of an L_p norm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qconv.calibration.range_estimators import Range
-from qconv.config.choices import PACKED_BITS
 from qconv.config.recipe import Recipe
-from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding
-from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.model import Value
-from qconv.ir.subgraph import runnable_with_outputs
-from qconv.metrics.output_parts import Parts, measure_output_noise
 from qconv.planning.plan import Plan
 from qconv.quantization.parameters import choose_ranges
 from qconv.reporter import Reporter
-from qconv.runtime.session import Session
-from qconv.search.candidate import FoldedNetwork, build_quantized_model, round_to_nearest
-from qconv.search.loudest_images import PickedImages
+from qconv.search.candidate import FoldedNetwork
+from qconv.search.output_noise import OutputNoise
 
 STEP = "widths"
 
 WIDTHS = (0.25, 0.5, 1.0)
 """Widths that are tried beside 0, the calibrator's own ranges."""
-
-FINE_BITS = 8
-"""Bits of weights, of which few would hide what activations lose."""
 
 TINY = 1e-300
 
@@ -58,15 +49,10 @@ class ChosenWidth:
 def choose_range_width(
     folded: FoldedNetwork,
     recipe: Recipe,
-    names: Sequence[str],
-    images: PickedImages,
+    noise: OutputNoise,
     reporter: Reporter,
-    parts: Parts,
 ) -> ChosenWidth:
-    """Choose the width of all ranges that the calibrator finds; those that are set stay.
-
-    names: of the tensors that count. parts: of these.
-    """
+    """Choose the width of all ranges that the calibrator finds, by the noise; those that are set stay."""
     known = folded.set_ranges
     own = choose_ranges(folded.plan, folded.sketches, recipe, known)
     whole = choose_ranges(folded.plan, folded.sketches, recipe, calibrator_name="minmax")
@@ -80,7 +66,7 @@ def choose_range_width(
     tried: dict[float, float] = {}
     for width, ranges in wider.items():
         reporter.progress(STEP, len(tried), len(wider))
-        tried[width] = measure_noise(replace(folded, set_ranges=calibrated | ranges), recipe, names, images, parts)
+        tried[width] = noise.of_nearest(replace(folded, set_ranges=calibrated | ranges), recipe)
     reporter.progress(STEP, len(tried), len(tried))
     best = min(tried, key=tried.__getitem__)
     if tried[best] >= LARGEST_RATIO * tried[0.0]:
@@ -104,31 +90,3 @@ def _blend(own: Range, whole: Range, width: float) -> Range:
         for a, b in zip(own, whole, strict=True)
     )
     return float(low), float(high)
-
-
-def measure_noise(
-    folded: FoldedNetwork, recipe: Recipe, names: Sequence[str], images: PickedImages, parts: Parts
-) -> float:
-    """The noise at the outputs of the quantized network, over all images that the picked ones stand for.
-
-    Weights are rounded to the nearest of FINE_BITS. names: of the tensors that count. parts: of these.
-    """
-    wanted = with_fine_weights(recipe)
-    model = build_quantized_model(folded, wanted, round_to_nearest(folded, wanted).params)
-    on_ort = TARGETS[recipe.target].on_ort
-    own = [value.name or "" for value in find_judged_tensors(model)]  # within the network they have other names
-    with runnable_with_outputs(model, own) as runnable:
-        session = Session(runnable, name="the quantized model", threads=recipe.threads, integer_kernels=on_ort)
-    got = (session.run(own, batch) for batch in images.feeds)
-    return measure_output_noise(parts, names, images.clean, got, images.weights)
-
-
-def with_fine_weights(recipe: Recipe) -> Recipe:
-    """With weights in FINE_BITS at least: ranges of activations do not hang on bits that may yet be searched for."""
-    own = [(name, bits if bits.in_float else replace(bits, weights=None)) for name, bits in recipe.layer_bits]
-    fine = max(FINE_BITS, recipe.weight_bits)
-    if fine not in TARGETS[recipe.target].weight_bits:
-        fine = recipe.weight_bits
-    allocation = "activations" if recipe.allocates_activations else "none"
-    pack = recipe.pack and fine <= PACKED_BITS
-    return replace(recipe, weight_bits=fine, layer_bits=tuple(own), pack=pack, bit_allocation=allocation)

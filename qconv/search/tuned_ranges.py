@@ -28,6 +28,8 @@ from qconv.search.candidate import FoldedNetwork
 from qconv.search.division import divide
 from qconv.search.gate_scaling import ScaledGates, scale_loud_gates
 from qconv.search.loudest_images import PickedImages, pick_images
+from qconv.search.output_gains import GainTrial
+from qconv.search.output_noise import OutputNoise
 from qconv.search.precision_choice import DivisionCurve, HoldsGates, choose_division
 from qconv.search.range_widths import choose_range_width
 
@@ -37,12 +39,14 @@ class TunedRanges:
     """What is taken from now on, and what may be.
 
     folded: the network, divided, with its plan and ranges. findings, precision: for the report. curve: other divisions.
+    gains: corrects those of layers; None where all images have been chosen on.
     """
 
     folded: FoldedNetwork
     findings: list[Finding]
     precision: PrecisionReport | None = None
     curve: DivisionCurve | None = None
+    gains: GainTrial | None = None
 
 
 def tune_ranges(
@@ -64,28 +68,30 @@ def tune_ranges(
         return TunedRanges(folded, [])
     counts = budget.loud, budget.many - budget.loud, budget.apart
     parts = add_selected_parts(parts, folded.model)
-    images, apart = pick_images(folded.model, names, feed, counts, recipe.threads, parts)
+    images, aside = pick_images(folded.model, names, feed, counts, recipe.threads, parts)
+    apart = OutputNoise(names, aside, parts)
 
     found = _search(folded, recipe, images, parts, reporter)
     gates = ScaledGates(folded)
     if recipe.scale_gates:
-        gates = scale_loud_gates(folded, recipe, feed, found, names, images, apart, parts)
+        gates = scale_loud_gates(folded, recipe, feed, found, images, apart)
     if gates.folded is not folded:
         folded = gates.folded
         found = _search(folded, recipe, images, parts, reporter)
     tuned = replace(folded, set_ranges={**folded.set_ranges, **found.ranges})
-    division = choose_division(tuned, recipe, fed, found.noises, names, apart, parts, reporter, holds_gates)
+    division = choose_division(tuned, recipe, fed, found.noises, apart, reporter, holds_gates)
     divided = bool(division.wide) or division.floats != folded.plan.floats
     if divided:
         folded = divide(folded, floats=division.floats, wide=division.wide)
-    width = choose_range_width(folded, recipe, names, images, reporter, parts)
+    width = choose_range_width(folded, recipe, OutputNoise(names, images, parts), reporter)
     if divided or width.findings:
         folded = replace(folded, set_ranges=width.ranges)
         found = _search(folded, recipe, images, parts, reporter)
     ranges = {**folded.set_ranges, **found.ranges}
     told = [*gates.findings, *division.findings, *width.findings, *found.findings]
     curve = None if division.curve is None else division.curve.with_ranges(ranges)
-    return TunedRanges(replace(folded, set_ranges=ranges), told, division.report, curve)
+    gains = GainTrial(images.feeds, apart) if aside.apart else None
+    return TunedRanges(replace(folded, set_ranges=ranges), told, division.report, curve, gains)
 
 
 def _search(

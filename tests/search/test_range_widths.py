@@ -21,7 +21,8 @@ from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 from qconv.search.candidate import FoldedNetwork
 from qconv.search.loudest_images import PickedImages
-from qconv.search.range_widths import WIDTHS, _blend, choose_range_width, with_fine_weights
+from qconv.search.output_noise import OutputNoise, with_fine_weights
+from qconv.search.range_widths import WIDTHS, _blend, choose_range_width
 from tests.support.models import loaded, network
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
@@ -45,7 +46,7 @@ def chosen(body: str, set_ranges: dict[str, tuple[float, float]] | None = None, 
     session = Session(model.proto().SerializeToString())
     last = [{"x": xs[-1]}, *({"x": x} for x in xs[:7])]
     images = PickedImages(last, [1.0] * 8, [session.run(["y"], feeds) for feeds in last])
-    found = choose_range_width(folded, recipe, ["y"], images, Reporter(), NO_PARTS)
+    found = choose_range_width(folded, recipe, OutputNoise(["y"], images, NO_PARTS), Reporter())
     assert len(found.findings) == (found.ranges != folded.set_ranges)
     return {name: high for name, (_, high) in found.ranges.items()}
 

@@ -1,0 +1,180 @@
+"""This module takes back what quantization does to the spread and the mean of each output channel of the layers.
+
+    y ~ g * q + b           y, q: the channel in the float and in the quantized network, before its activation
+
+Ranges that cut off what is rare shrink channels a little, layer after layer, and where few numbers are the output,
+such as one logit behind 80 layers, all of that goes the same way: biases alone cannot take it back. Where weights have
+a scale for each output channel, g goes into that scale and b into the bias: no code changes, nor does the time. Layers
+are settled in order, each behind those that are settled. Hubara et al. 2020 (arXiv 2006.10518) tune statistics of
+BatchNormalization like this; least squares err less where the quantized channel is noisy.
+
+Only what readers see of a channel counts (`effective_range`). In networks that lose little this can do harm, since what
+is left there is chance: whoever calls measures what it gains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.ir.model import Model, Node
+from qconv.ir.stepwise import StepwiseRun
+from qconv.planning.plan import Plan
+from qconv.planning.planner import replan
+from qconv.quantization.effective_range import EffectiveRange
+from qconv.quantization.emit import emit
+from qconv.quantization.layer import LayerParams, attach_bias
+from qconv.quantization.parameters import Params, carry_over_params
+from qconv.quantization.sequential_rounding import BYTES_IN_MEMORY, replace_weights
+from qconv.reporter import Reporter
+from qconv.storage import ArrayStore, StoredArrays
+
+STEP = "gains"
+
+GAINS = (0.7, 1.5)
+"""Least and largest gain of a channel: a few percent are usual."""
+
+LEAST_CORRELATION = 0.5
+"""Between both networks, below which a channel gets the mean alone: a gain would say nothing."""
+
+FEWEST_PLACES = 64
+"""Places seen of a channel from which on it is settled."""
+
+CHANNEL_AXIS = 1
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelLines:
+    """The line y ~ gain * q + shift of each channel, (O,) both."""
+
+    gain: Float64
+    shift: Float64
+
+    def applied(self, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Outputs (N, O, ...) on these lines."""
+        shape = [1] * outputs.ndim
+        shape[CHANNEL_AXIS] = -1
+        return np.asarray(outputs * self.gain.reshape(shape) + self.shift.reshape(shape), np.float32)
+
+
+def correct_gains(
+    model: Model,
+    plan: Plan,
+    params: Params,
+    feeds: Sequence[Mapping[str, NDArray[Any]]],
+    threads: int | None,
+    reporter: Reporter,
+) -> tuple[list[LayerParams], int]:
+    """Settle scales and biases of layers for what the quantized network hands on.
+
+    Args:
+        model: The folded float network, which stays as it is.
+        plan: The decisions.
+        params: All parameters, which stay as they are.
+        feeds: The images, batch by batch.
+        threads: Of the runtime.
+        reporter: Hears of progress.
+
+    Returns:
+        The layers, and how many of them have changed.
+    """
+    copy = model.copy()
+    own = replan(plan, copy)
+    nodes = {layer.node.name or "": layer.node for layer in own.layers}
+    emit(copy, own, carry_over_params(replace(params, layers=[]), own), pack=False)
+    for chosen in params.layers:
+        replace_weights(copy, nodes[chosen.layer.node.name or ""], chosen)
+    alone = {alike[0].node for alike in plan.layers_by_weight() if len(alike) == 1}
+    layers, changed = list(params.layers), 0
+    with (
+        contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as first,
+        contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as second,
+    ):
+        float_run = StepwiseRun(model, feeds, first, threads=threads)
+        quantized_run = StepwiseRun(copy, feeds, second, threads=threads)
+        for index, chosen in enumerate(layers):
+            reporter.progress(STEP, index, len(layers))
+            node = chosen.layer.node
+            if node not in alone or not _can_change(chosen):
+                continue
+            there = nodes[node.name or ""].outputs[0]
+            wanted, got = float_run.values_of(node.outputs[0]), quantized_run.values_of(there)
+            lines = fit_lines(wanted, got, _seen_range(node, params))
+            if lines is None or lines.gain.size != chosen.weight.scale.size:
+                continue
+            layers[index], changed = _on_lines(chosen, lines, params, plan), changed + 1
+            quantized_run.replace_values(there, map(lines.applied, got))
+    reporter.progress(STEP, len(layers), len(layers))
+    return layers, changed
+
+
+def _can_change(chosen: LayerParams) -> bool:
+    """Whether a layer has a bias, or may have one, and a scale for each output channel."""
+    one_each = chosen.weight.scale.ndim == 1 and not chosen.layer.blocked
+    return chosen.layer.node.op_type != "MatMul" and one_each
+
+
+def _seen_range(node: Node, params: Params) -> tuple[float, float]:
+    seen = EffectiveRange.of_consumers(node, params.activations)
+    return max(seen.bounds[0], seen.codes[0]), min(seen.bounds[1], seen.codes[1])
+
+
+def _on_lines(chosen: LayerParams, lines: ChannelLines, params: Params, plan: Plan) -> LayerParams:
+    bias = lines.shift if chosen.bias is None else chosen.bias * lines.gain + lines.shift
+    weight = chosen.weight.with_scale((chosen.weight.scale * lines.gain).astype(np.float32))
+    source = params.sources.get(chosen.layer.node)
+    return attach_bias(chosen.layer, weight, chosen.codes, bias.astype(np.float32), source, plan.target)
+
+
+def fit_lines(wanted: StoredArrays, got: StoredArrays, seen: tuple[float, float]) -> ChannelLines | None:
+    """Fit the lines of a layer's channels, (N, O, ...) batch by batch, by least squares.
+
+    wanted, got: what the float and the quantized network say. seen: the range that readers see, in which places of the
+    float network count. Returns None where the data select other shapes, or numbers are not finite.
+    """
+    if any(y.shape != q.shape or len(y.shape) < 2 for y, q in zip(wanted.held, got.held, strict=True)):
+        return None
+    sums = None
+    centre: Float64 | None = None
+    for y, q in zip(wanted, got, strict=True):
+        y, q = (np.moveaxis(x, CHANNEL_AXIS, 0).reshape(x.shape[CHANNEL_AXIS], -1) for x in (y, q))
+        if centre is None and y.shape[1]:
+            centre = y.mean(axis=1, dtype=np.float64)
+        if centre is None:
+            continue
+        found = _sum_products(y, q, centre, seen)
+        sums = found if sums is None else sums + found
+    if sums is None or centre is None or not np.isfinite(sums).all():
+        return None
+    count, one = sums[0], np.maximum(sums[0], 1)
+    mean_y, mean_q = sums[1] / one, sums[2] / one
+    of_y, of_q, together = sums[3] / one - mean_y**2, sums[4] / one - mean_q**2, sums[5] / one - mean_y * mean_q
+    known = (count >= FEWEST_PLACES) & (of_q > 0)
+    close = known & (together > 0) & (together**2 >= LEAST_CORRELATION**2 * of_y * of_q)
+    gain = np.clip(np.divide(together, of_q, out=np.ones_like(of_q), where=close), *GAINS)
+    shift = np.where(known, centre + mean_y - gain * (centre + mean_q), 0.0)
+    return ChannelLines(gain, shift)
+
+
+def _sum_products(
+    y: NDArray[np.float32], q: NDArray[np.float32], centre: Float64, seen: tuple[float, float]
+) -> Float64:
+    """The number of places, and the sums of y, q, y^2, q^2 and y q over them, (6, O); y and q less the centre."""
+    low, high = seen
+    inside = None if math.isinf(low) and math.isinf(high) else (y > low) & (y < high)
+    middle = centre[:, None].astype(np.float32)
+    y, q = y - middle, q - middle
+    count = np.full(len(y), y.shape[1])
+    if inside is not None:
+        y, q, count = y * inside, q * inside, inside.sum(axis=1)
+    sums = [x.sum(axis=1, dtype=np.float64) for x in (y, q)]
+    products = [np.einsum("op,op->o", a, b).astype(np.float64) for a, b in ((y, y), (q, q), (y, q))]
+    return np.stack([count, *sums, *products]).astype(np.float64)

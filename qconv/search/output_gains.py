@@ -1,0 +1,47 @@
+"""Takes corrected gains of layers (`quantization.gain_correction`) where a network that loses much gains from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qconv.config.recipe import Recipe
+from qconv.data.loader import Batch
+from qconv.errors import Change, Skipped
+from qconv.quantization.gain_correction import STEP, correct_gains
+from qconv.reporter import Reporter
+from qconv.search.candidate import FoldedNetwork, QuantizationSolution
+from qconv.search.output_noise import OutputNoise
+from qconv.search.precision_choice import LEAST_WORTH_DB, POOR_DB
+
+TINY = 1e-300
+
+
+@dataclass(frozen=True, slots=True)
+class GainTrial:
+    """feeds: images that lines are fitted on. apart: measures on images that nothing was chosen on."""
+
+    feeds: Sequence[Batch]
+    apart: OutputNoise
+
+    def correct(
+        self, solution: QuantizationSolution, folded: FoldedNetwork, recipe: Recipe, reporter: Reporter
+    ) -> None:
+        """Correct the gains of a solution in place, where it has less than POOR_DB and gains LEAST_WORTH_DB."""
+        plan, params = solution.plan, solution.params
+        before = self.apart.of(folded, recipe, params)
+        if before <= 10 ** (-POOR_DB / 10):
+            return
+        layers, changed = correct_gains(folded.model, plan, params, self.feeds, recipe.threads, reporter)
+        if not changed:
+            return
+        after = self.apart.of(folded, recipe, replace(params, layers=layers))
+        gain = 10 * math.log10(max(before, TINY) / max(after, TINY))
+        if not gain >= LEAST_WORTH_DB:
+            why = f"gains of outputs corrected change the noise by {-gain:+.1f} dB"
+            solution.findings.append(Skipped(STEP, "all layers", why))
+            return
+        params.layers[:] = layers
+        what = f"gains of outputs corrected: noise at the outputs {-gain:+.1f} dB"
+        solution.findings.append(Change(STEP, f"{changed} layers", what, "gains corrected"))
