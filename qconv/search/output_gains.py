@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qconv.config.recipe import Recipe
-from qconv.data.loader import Batch
+from qconv.data.loader import Batch, count_images
 from qconv.errors import Change, Skipped
 from qconv.quantization.gain_correction import STEP, correct_gains
 from qconv.reporter import Reporter
@@ -17,6 +17,9 @@ from qconv.search.precision_choice import LEAST_WORTH_DB, POOR_DB
 
 TINY = 1e-300
 
+MOST_IMAGES = 16
+"""Images that lines are fitted on, evenly out of all: more tell hardly more."""
+
 
 @dataclass(frozen=True, slots=True)
 class GainTrial:
@@ -24,6 +27,13 @@ class GainTrial:
 
     feeds: Sequence[Batch]
     apart: OutputNoise
+
+    @property
+    def some_feeds(self) -> Sequence[Batch]:
+        """The batches of up to MOST_IMAGES."""
+        every = len(self.feeds)
+        wanted = -(-MOST_IMAGES * every // max(1, sum(map(count_images, self.feeds))))
+        return self.feeds[:: max(1, every // max(1, wanted))]
 
     def correct(
         self, solution: QuantizationSolution, folded: FoldedNetwork, recipe: Recipe, reporter: Reporter
@@ -33,7 +43,7 @@ class GainTrial:
         before = self.apart.of(folded, recipe, params)
         if before <= 10 ** (-POOR_DB / 10):
             return
-        layers, changed = correct_gains(folded.model, plan, params, self.feeds, recipe.threads, reporter)
+        layers, changed = correct_gains(folded.model, plan, params, self.some_feeds, recipe.threads, reporter)
         if not changed:
             return
         after = self.apart.of(folded, recipe, replace(params, layers=layers))
