@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ir.model import Model, Node
+from qconv.ir.model import Model, Node, attribute
 from qconv.ir.stepwise import StepwiseRun
 from qconv.planning.plan import Plan
 from qconv.planning.planner import replan
@@ -117,9 +117,9 @@ def correct_gains(
 
 
 def _can_change(chosen: LayerParams) -> bool:
-    """Whether a layer has a bias, or may have one, and a scale for each output channel."""
-    one_each = chosen.weight.scale.ndim == 1 and not chosen.layer.blocked
-    return chosen.layer.node.op_type != "MatMul" and one_each
+    """Whether a layer has a bias that is added as it is, or may have one, and a scale for each output channel."""
+    node, one_each = chosen.layer.node, chosen.weight.scale.ndim == 1 and not chosen.layer.blocked
+    return node.op_type != "MatMul" and attribute(node, "beta", 1.0) == 1 and one_each
 
 
 def _seen_range(node: Node, params: Params) -> tuple[float, float]:
