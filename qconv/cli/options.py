@@ -142,7 +142,7 @@ class BitsType(ParamType[tuple[int, ...]]):
             return value
         parts = [part.strip() for part in str(value).split(",")]
         if not all(part == "float" or (part.isdigit() and part.isascii()) for part in parts):
-            self.fail(f"{value!r} is no list of bits; write for example 4,8,float.", param, ctx)
+            self.fail(f"{value!r} is no list of bits; write for example 8,float.", param, ctx)
         return tuple(FLOAT_BITS if part == "float" else int(part) for part in parts)
 
 

@@ -221,9 +221,9 @@ def warn_of_result(checked: Verification, sizes: tuple[int, int], advice: str, r
         reporter.warn(f"the quantized model is larger than the float one: {after:,} bytes for {before:,}.")
 
 
-def warn_of_all_float(audited: Audit, reporter: Reporter) -> None:
-    """Warn of a result of which accuracy has left nothing in integers."""
-    if not audited.integer and any(FOR_ACCURACY in node.why for node in audited.placed):
+def warn_of_all_float(audited: Audit, target: Target, reporter: Reporter) -> None:
+    """Warn of a result of which accuracy has left nothing in integers, as far as ONNX Runtime's audit tells."""
+    if target.on_ort and not audited.integer and any(FOR_ACCURACY in node.why for node in audited.placed):
         what = "for accuracy nothing runs in integers: the file is smaller than the float model, and no faster"
         reporter.warn(f"{what}; --float-budget 0 takes the fastest division.")
 

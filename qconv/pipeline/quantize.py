@@ -379,7 +379,7 @@ class _QuantizationRun:
             self._warn_of_chance(original)
         warn_of_vain_keep_float(plan, audited, self.reporter)
         warn_of_vain_pack(plan, self.recipe, self.reporter)
-        warn_of_all_float(audited, self.reporter)
+        warn_of_all_float(audited, self.target, self.reporter)
         warn_of_result(checked, (self.prepared.size, staged.size), self.advice, self.reporter)
         return checked, audited
 

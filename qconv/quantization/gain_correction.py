@@ -137,8 +137,9 @@ def _on_lines(chosen: LayerParams, lines: ChannelLines, params: Params, plan: Pl
 def fit_lines(wanted: StoredArrays, got: StoredArrays, seen: tuple[float, float]) -> ChannelLines | None:
     """Fit the lines of a layer's channels, (N, O, ...) batch by batch, by least squares.
 
-    wanted, got: what the float and the quantized network say. seen: the range that readers see, in which places of the
-    float network count. Returns None where the data select other shapes, or numbers are not finite.
+    wanted, got: what the float and the quantized network say. seen: the range that readers see. Places count where the
+    quantized network is in it, and the float one at its ends where it is outside: places picked by what is wanted would
+    bend the lines. Returns None where the data select other shapes, numbers are not finite, or places are too few.
     """
     if any(y.shape != q.shape or len(y.shape) < 2 for y, q in zip(wanted.held, got.held, strict=True)):
         return None
@@ -158,6 +159,8 @@ def fit_lines(wanted: StoredArrays, got: StoredArrays, seen: tuple[float, float]
     mean_y, mean_q = sums[1] / one, sums[2] / one
     of_y, of_q, together = sums[3] / one - mean_y**2, sums[4] / one - mean_q**2, sums[5] / one - mean_y * mean_q
     known = (count >= FEWEST_PLACES) & (of_q > 0)
+    if not known.any():
+        return None
     close = known & (together > 0) & (together**2 >= LEAST_CORRELATION**2 * of_y * of_q)
     gain = np.clip(np.divide(together, of_q, out=np.ones_like(of_q), where=close), *GAINS)
     shift = np.where(known, centre + mean_y - gain * (centre + mean_q), 0.0)
@@ -169,8 +172,8 @@ def _sum_products(
 ) -> Float64:
     """The number of places, and the sums of y, q, y^2, q^2 and y q over them, (6, O); y and q less the centre."""
     low, high = seen
-    inside = None if math.isinf(low) and math.isinf(high) else (y > low) & (y < high)
-    middle = centre[:, None].astype(np.float32)
+    inside = None if math.isinf(low) and math.isinf(high) else (q > low) & (q < high)
+    y, middle = np.clip(y, low, high), centre[:, None].astype(np.float32)
     y, q = y - middle, q - middle
     count = np.full(len(y), y.shape[1])
     if inside is not None:

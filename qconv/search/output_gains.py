@@ -18,7 +18,7 @@ from qconv.search.precision_choice import LEAST_WORTH_DB, POOR_DB
 TINY = 1e-300
 
 MOST_IMAGES = 16
-"""Images that lines are fitted on, evenly out of all: more tell hardly more."""
+"""Images that lines are fitted on, evenly out of those that ranges are chosen on: more tell hardly more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class GainTrial:
         """The batches of up to MOST_IMAGES."""
         every = len(self.feeds)
         wanted = -(-MOST_IMAGES * every // max(1, sum(map(count_images, self.feeds))))
-        return self.feeds[:: max(1, every // max(1, wanted))]
+        return [self.feeds[index * every // wanted] for index in range(min(wanted, every))]
 
     def correct(
         self, solution: QuantizationSolution, folded: FoldedNetwork, recipe: Recipe, reporter: Reporter

@@ -104,9 +104,20 @@ def test_gains_have_limits() -> None:
 def test_few_places_say_nothing() -> None:
     few = [np.full((1, 3, 2, 2), 7.0, np.float32)]
     with held(few, [x / 2 for x in few]) as (y, q):
-        lines = fit_lines(y, q, EVERYTHING)
+        assert fit_lines(y, q, EVERYTHING) is None
+
+
+def test_noise_behind_a_relu_bends_no_line() -> None:
+    """Places picked by the float network would: above zero there, noise of both signs is below it here."""
+    rng = np.random.default_rng(4)
+    q = [rng.normal(size=(8, 2, 20, 20)).astype(np.float32)]
+    y = [(x + 0.5 * rng.normal(size=x.shape)).astype(np.float32) for x in q]
+    with held(y, q) as (wanted, got):
+        lines = fit_lines(wanted, got, (0.0, np.inf))
     assert lines is not None
-    assert (lines.gain.tolist(), lines.shift.tolist()) == ([1, 1, 1], [0, 0, 0])
+    x = by_channel(q)[0]
+    expected = np.polyfit(x[x > 0], np.maximum(by_channel(y)[0], 0)[x > 0], 1)
+    assert (lines.gain[0], lines.shift[0]) == pytest.approx(tuple(expected), abs=1e-3)
 
 
 @pytest.mark.parametrize("fault", ["shape", "infinite", "nothing"])
