@@ -107,12 +107,16 @@ def test_the_python_lines_run(place: Path, lines: str) -> None:
 
 @needs("onnxruntime", "1.22", MOVES_CODES)
 def test_the_summary_is_that_of_a_run(place: Path) -> None:
-    """All but the numbers, which depend on pictures and machine, and with them the order of what was changed."""
+    """All but the numbers, which depend on pictures and machine, and with them the order of what was changed.
+
+    So does whether rounding finds better codes for the last layer: next to a tie it hangs on how a CPU adds.
+    """
     (block,) = blocks("console")
     command, *shown = block.splitlines()
     done = shell(place, command.removeprefix("$ "))
     assert done.returncode == 0, done.stderr
-    assert sorted(map(without_numbers, done.stdout.splitlines())) == sorted(map(without_numbers, shown))
+    told = [line for line in done.stdout.splitlines() if "its nearest codes err less" not in line]
+    assert sorted(map(without_numbers, told)) == sorted(map(without_numbers, shown))
 
 
 def without_numbers(line: str) -> str:
