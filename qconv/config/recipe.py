@@ -427,8 +427,7 @@ class Recipe:
     @property
     def corrects_gains(self) -> bool:
         """Whether scales and biases may take back what quantization does to outputs of layers, as it was measured."""
-        learned = self.rounding == "reconstruct"
-        return bool(self.tune_ranges) and not learned and self.bias_correction in ("measured", "sequential")
+        return self.rounding != "reconstruct" and self.bias_correction in ("measured", "sequential")
 
     @property
     def searches(self) -> bool:

@@ -147,7 +147,7 @@ class _QuantizationRun:
         in_float: Shares of work and of weights that stay in float, once it is known which do.
         precision: The curve that the division between integers and more precision was chosen on.
         curve: The divisions themselves, for a search that needs another.
-        gains: Corrects those of layers, where images are left to measure it on.
+        gains: Corrects those of layers, where that may help and can be measured.
     """
 
     source: Source
@@ -331,7 +331,7 @@ class _QuantizationRun:
             with self.clock.step("round"):
                 feeds = pictures.feed.take(choose_rounding_effort(solution.plan, recipe).pictures, "read again")
                 round_second_order_in_place(solution, folded, recipe, feeds, pictures.data.seed, self.reporter)
-        if self.gains is not None and recipe.corrects_gains:
+        if self.gains is not None:
             with self.clock.step("gains"):
                 self.gains.correct(solution, folded, recipe, self.reporter)
         return solution

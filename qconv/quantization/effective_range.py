@@ -57,6 +57,11 @@ class EffectiveRange:
         low, high = (float(end) for end in params.code_range())
         return cls(bounds, (low, high))
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Bounds and codes together."""
+        return max(self.bounds[0], self.codes[0]), min(self.bounds[1], self.codes[1])
+
     def around(self, node: Node, rows: Float32, seen: InputMoments) -> EffectiveRange:
         """The range for outputs of centred rows. rows: the float weights (G, O, K)."""
         centre = np.einsum("gok,gk->go", rows, seen.float_mean)
@@ -71,5 +76,4 @@ class EffectiveRange:
 
     def of_rounded(self, outputs: Float32) -> Float32:
         """Clip outputs (G, n, O) of the quantized network to what readers see: bounds and codes."""
-        low, high = (end(pair) for end, pair in zip((max, min), zip(self.bounds, self.codes, strict=True), strict=True))
-        return np.clip(outputs + self.centre, low, high)
+        return np.clip(outputs + self.centre, *self.ends)

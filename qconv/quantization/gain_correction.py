@@ -17,21 +17,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ir.model import Model, Node, attribute
+from qconv.ir.model import Model, attribute
 from qconv.ir.stepwise import StepwiseRun
 from qconv.planning.plan import Plan
-from qconv.planning.planner import replan
 from qconv.quantization.effective_range import EffectiveRange
-from qconv.quantization.emit import emit
 from qconv.quantization.layer import LayerParams, attach_bias
-from qconv.quantization.parameters import Params, carry_over_params
-from qconv.quantization.sequential_rounding import BYTES_IN_MEMORY, replace_weights
+from qconv.quantization.parameters import Params
+from qconv.quantization.sequential_rounding import BYTES_IN_MEMORY, copy_with_float_weights, replace_weights
 from qconv.reporter import Reporter
 from qconv.storage import ArrayStore, StoredArrays
 
@@ -86,10 +84,7 @@ def correct_gains(
     Returns:
         The layers, and how many of them have changed.
     """
-    copy = model.copy()
-    own = replan(plan, copy)
-    nodes = {layer.node.name or "": layer.node for layer in own.layers}
-    emit(copy, own, carry_over_params(replace(params, layers=[]), own), pack=False)
+    copy, nodes = copy_with_float_weights(model, plan, params, quantizers=True)
     for chosen in params.layers:
         replace_weights(copy, nodes[chosen.layer.node.name or ""], chosen)
     alone = {alike[0].node for alike in plan.layers_by_weight() if len(alike) == 1}
@@ -107,7 +102,7 @@ def correct_gains(
                 continue
             there = nodes[node.name or ""].outputs[0]
             wanted, got = float_run.values_of(node.outputs[0]), quantized_run.values_of(there)
-            lines = fit_lines(wanted, got, _seen_range(node, params))
+            lines = fit_lines(wanted, got, EffectiveRange.of_consumers(node, params.activations).ends)
             if lines is None or lines.gain.size != chosen.weight.scale.size:
                 continue
             layers[index], changed = _on_lines(chosen, lines, params, plan), changed + 1
@@ -120,11 +115,6 @@ def _can_change(chosen: LayerParams) -> bool:
     """Whether a layer has a bias that is added as it is, or may have one, and a scale for each output channel."""
     node, one_each = chosen.layer.node, chosen.weight.scale.ndim == 1 and not chosen.layer.blocked
     return node.op_type != "MatMul" and attribute(node, "beta", 1.0) == 1 and one_each
-
-
-def _seen_range(node: Node, params: Params) -> tuple[float, float]:
-    seen = EffectiveRange.of_consumers(node, params.activations)
-    return max(seen.bounds[0], seen.codes[0]), min(seen.bounds[1], seen.codes[1])
 
 
 def _on_lines(chosen: LayerParams, lines: ChannelLines, params: Params, plan: Plan) -> LayerParams:
@@ -143,17 +133,14 @@ def fit_lines(wanted: StoredArrays, got: StoredArrays, seen: tuple[float, float]
     """
     if any(y.shape != q.shape or len(y.shape) < 2 for y, q in zip(wanted.held, got.held, strict=True)):
         return None
-    sums = None
-    centre: Float64 | None = None
-    for y, q in zip(wanted, got, strict=True):
-        y, q = (np.moveaxis(x, CHANNEL_AXIS, 0).reshape(x.shape[CHANNEL_AXIS], -1) for x in (y, q))
-        if centre is None and y.shape[1]:
-            centre = y.mean(axis=1, dtype=np.float64)
-        if centre is None:
-            continue
-        found = _sum_products(y, q, centre, seen)
-        sums = found if sums is None else sums + found
-    if sums is None or centre is None or not np.isfinite(sums).all():
+    filled = [index for index, held in enumerate(wanted.held) if math.prod(held.shape)]
+    if not filled:
+        return None
+    centre = _by_channel(wanted[filled[0]]).mean(axis=1, dtype=np.float64)  # squares of what is far from 0 say little
+    rows = ((_by_channel(wanted[index]), _by_channel(got[index])) for index in filled)
+    with np.errstate(invalid="ignore", over="ignore"):  # what is infinite is found in the sums
+        sums = sum((_sum_products(y, q, centre, seen) for y, q in rows), start=np.zeros((6, len(centre))))
+    if not np.isfinite(sums).all():
         return None
     count, one = sums[0], np.maximum(sums[0], 1)
     mean_y, mean_q = sums[1] / one, sums[2] / one
@@ -167,17 +154,18 @@ def fit_lines(wanted: StoredArrays, got: StoredArrays, seen: tuple[float, float]
     return ChannelLines(gain, shift)
 
 
+def _by_channel(outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(N, O, ...) as (O, places)."""
+    return np.moveaxis(outputs, CHANNEL_AXIS, 0).reshape(outputs.shape[CHANNEL_AXIS], -1)
+
+
 def _sum_products(
     y: NDArray[np.float32], q: NDArray[np.float32], centre: Float64, seen: tuple[float, float]
 ) -> Float64:
     """The number of places, and the sums of y, q, y^2, q^2 and y q over them, (6, O); y and q less the centre."""
     low, high = seen
-    inside = None if math.isinf(low) and math.isinf(high) else (q > low) & (q < high)
-    y, middle = np.clip(y, low, high), centre[:, None].astype(np.float32)
-    y, q = y - middle, q - middle
-    count = np.full(len(y), y.shape[1])
-    if inside is not None:
-        y, q, count = y * inside, q * inside, inside.sum(axis=1)
+    inside, middle = (q > low) & (q < high), centre[:, None].astype(np.float32)
+    y, q = (np.clip(y, low, high) - middle) * inside, (q - middle) * inside
     sums = [x.sum(axis=1, dtype=np.float64) for x in (y, q)]
     products = [np.einsum("op,op->o", a, b).astype(np.float64) for a, b in ((y, y), (q, q), (y, q))]
-    return np.stack([count, *sums, *products]).astype(np.float64)
+    return np.stack([inside.sum(axis=1), *sums, *products]).astype(np.float64)

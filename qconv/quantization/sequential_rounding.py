@@ -186,14 +186,9 @@ class _SequentialRounder:
 
         It has all quantizers of activations where these have fewer than 8 bits and weights are to be solved.
         """
-        copy = self.model.copy()
-        plan = replan(self.plan, copy)
-        chosen = carry_over_params(replace(self.params, layers=[]), plan)
-        nodes = {layer.node.name or "": layer.node for layer in plan.layers}
-        fewest = min((found.spec.bits for found in chosen.activations.values()), default=8)
-        if fewest < 8 and self.solver.recipe.rounding != "nearest":
-            emit(copy, plan, chosen, pack=False)
-        return copy, nodes
+        fewest = min((found.spec.bits for found in self.params.activations.values()), default=8)
+        rounds = fewest < 8 and self.solver.recipe.rounding != "nearest"
+        return copy_with_float_weights(self.model, self.plan, self.params, quantizers=rounds)
 
     def _moments(
         self, layer: LayerPlan, index: int, floats: StoredArrays, quantized_run: StepwiseRun, quantized_node: Node
@@ -235,6 +230,18 @@ class _SequentialRounder:
 
 def _count_images(feed: Mapping[str, NDArray[Any]]) -> int:
     return max(1, min((len(x) for x in feed.values() if x.ndim), default=1))
+
+
+def copy_with_float_weights(
+    model: Model, plan: Plan, params: Params, *, quantizers: bool
+) -> tuple[Model, dict[str, Node]]:
+    """A copy whose layers take weights by `replace_weights`, with all quantizers of activations, and layers by name."""
+    copy = model.copy()
+    own = replan(plan, copy)
+    nodes = {layer.node.name or "": layer.node for layer in own.layers}
+    if quantizers:
+        emit(copy, own, carry_over_params(replace(params, layers=[]), own), pack=False)
+    return copy, nodes
 
 
 def replace_weights(model: Model, node: Node, chosen: LayerParams) -> None:

@@ -38,6 +38,7 @@ from qconv.planning.work import RANGES_SHARE, SESSION_WORK, count_weights, multi
 from qconv.quantizer import QuantParams
 from qconv.reporter import Reporter
 from qconv.search.loudest_images import pick_batches
+from qconv.search.output_noise import TINY, noise_change_db
 from qconv.storage import ArrayStore
 
 STEP = "ranges"
@@ -97,7 +98,6 @@ SEARCH_BUDGETS = {
     "best": SearchBudget(4, 128, 32, 32, 16, 16, 16, None),
 }
 
-TINY = 1e-300
 Float64 = NDArray[np.float64]
 InputBatch = dict[str, NDArray[Any]]
 Outputs = list[list[NDArray[Any]]]
@@ -364,5 +364,4 @@ def _search_threshold(trial: _Trial) -> tuple[float | None, float]:
             threshold = best() * step if step < 1 else min(best() * step, max(trial.reach, trial.start))
             if threshold in tried or measured(threshold) > LARGEST_STEP_RATIO * before:
                 break
-    change = 10 * float(np.log10(max(tried[best()], TINY) / max(first, TINY)))
-    return None if best() == trial.start else best(), change
+    return None if best() == trial.start else best(), noise_change_db(first, tried[best()])

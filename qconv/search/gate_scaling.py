@@ -8,7 +8,6 @@ layers of many channels: so this is no step of a default run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -44,7 +43,7 @@ from qconv.planning.precision_curve import TensorNoise
 from qconv.search.activation_ranges import RangeSearch
 from qconv.search.candidate import FoldedNetwork
 from qconv.search.loudest_images import PickedImages
-from qconv.search.output_noise import OutputNoise
+from qconv.search.output_noise import TINY, OutputNoise, noise_change_db
 from qconv.search.precision_choice import MOST_NAMED
 
 STEP = "gates"
@@ -53,8 +52,6 @@ LEAST_SHARE = 0.05
 """Share of all noise at the outputs from which on a tensor is loud."""
 
 LEAST_GAIN_DB = 0.5
-
-TINY = 1e-300
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +82,8 @@ def scale_loud_gates(
     """
     gates = _find_loud(folded, found.noises)
     if not gates or not apart.images.feeds:
-        why = (
-            f"none that can be scaled makes {LEAST_SHARE:.0%} of the noise" if apart.images.feeds else "too few images"
-        )
+        small = f"none that can be scaled makes {LEAST_SHARE:.0%} of the noise"
+        why = small if apart.images.feeds else "too few images"
         return ScaledGates(folded, [Skipped(STEP, "all gates", why)])
     try:
         scaled, tensors = _scale(folded, recipe, feed, images, [gate.data.name or "" for gate in gates])
@@ -98,11 +94,11 @@ def scale_loud_gates(
     before, after = (
         apart.of_nearest(replace(one, set_ranges=own), recipe) for one, own in ((folded, ranges), (scaled, others))
     )
-    gain = 10 * math.log10(max(before, TINY) / max(after, TINY))
+    change = noise_change_db(before, after)
     where = format_some([gate.product.name or "" for gate in gates], MOST_NAMED)
-    if not gain >= LEAST_GAIN_DB:
-        return ScaledGates(folded, [Skipped(STEP, where, f"channels scaled change the noise by {-gain:+.1f} dB")])
-    what = f"channels scaled, a depthwise layer in front: noise at the outputs {-gain:+.1f} dB"
+    if not -change >= LEAST_GAIN_DB:
+        return ScaledGates(folded, [Skipped(STEP, where, f"channels scaled change the noise by {change:+.1f} dB")])
+    what = f"channels scaled, a depthwise layer in front: noise at the outputs {change:+.1f} dB"
     return ScaledGates(scaled, [Change(STEP, where, what, "gates with scaled channels")])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,10 +11,8 @@ from qconv.errors import Change, Skipped
 from qconv.quantization.gain_correction import STEP, correct_gains
 from qconv.reporter import Reporter
 from qconv.search.candidate import FoldedNetwork, QuantizationSolution
-from qconv.search.output_noise import OutputNoise
+from qconv.search.output_noise import OutputNoise, noise_change_db
 from qconv.search.precision_choice import LEAST_WORTH_DB, POOR_DB
-
-TINY = 1e-300
 
 MOST_IMAGES = 16
 """Images that lines are fitted on, evenly out of those that ranges are chosen on: more tell hardly more."""
@@ -47,11 +44,11 @@ class GainTrial:
         if not changed:
             return
         after = self.apart.of(folded, recipe, replace(params, layers=layers))
-        gain = 10 * math.log10(max(before, TINY) / max(after, TINY))
-        if not gain >= LEAST_WORTH_DB:
-            why = f"gains of outputs corrected change the noise by {-gain:+.1f} dB"
+        change = noise_change_db(before, after)
+        if not -change >= LEAST_WORTH_DB:
+            why = f"left as they are: corrected gains of outputs change the noise by {change:+.1f} dB"
             solution.findings.append(Skipped(STEP, "all layers", why))
             return
         params.layers[:] = layers
-        what = f"gains of outputs corrected: noise at the outputs {-gain:+.1f} dB"
+        what = f"gains of outputs corrected: noise at the outputs {change:+.1f} dB"
         solution.findings.append(Change(STEP, f"{changed} layers", what, "gains corrected"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,9 @@ from qconv.search.loudest_images import PickedImages
 
 FINE_BITS = 8
 """Bits of weights, of which few would hide what activations lose."""
+
+TINY = 1e-300
+"""The least noise that there is, so that there is a logarithm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +57,8 @@ def with_fine_weights(recipe: Recipe) -> Recipe:
     allocation = "activations" if recipe.allocates_activations else "none"
     pack = recipe.pack and fine <= PACKED_BITS
     return replace(recipe, weight_bits=fine, layer_bits=tuple(own), pack=pack, bit_allocation=allocation)
+
+
+def noise_change_db(before: float, after: float) -> float:
+    """By how much a noise changes, in dB: less than 0 where it falls."""
+    return 10 * (math.log10(max(after, TINY)) - math.log10(max(before, TINY)))

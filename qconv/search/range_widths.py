@@ -25,14 +25,12 @@ from qconv.planning.plan import Plan
 from qconv.quantization.parameters import choose_ranges
 from qconv.reporter import Reporter
 from qconv.search.candidate import FoldedNetwork
-from qconv.search.output_noise import OutputNoise
+from qconv.search.output_noise import OutputNoise, noise_change_db
 
 STEP = "widths"
 
 WIDTHS = (0.25, 0.5, 1.0)
 """Widths that are tried beside 0, the calibrator's own ranges."""
-
-TINY = 1e-300
 
 LARGEST_RATIO = 0.98
 """Largest ratio of noises at which wider ranges are taken."""
@@ -71,7 +69,7 @@ def choose_range_width(
     best = min(tried, key=tried.__getitem__)
     if tried[best] >= LARGEST_RATIO * tried[0.0]:
         return ChosenWidth(known, [])
-    change = 10 * float(np.log10(max(tried[best], TINY) / tried[0.0]))
+    change = noise_change_db(tried[0.0], tried[best])
     reach = "reach to the extremes that were seen" if best == 1 else f"reach {best:.0%} of the way to the extremes"
     told = Change("ranges", "all activations", f"ranges {reach}: noise at the outputs {change:+.1f} dB", "ranges wider")
     return ChosenWidth(wider[best], [told])

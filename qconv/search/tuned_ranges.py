@@ -39,7 +39,8 @@ class TunedRanges:
     """What is taken from now on, and what may be.
 
     folded: the network, divided, with its plan and ranges. findings, precision: for the report. curve: other divisions.
-    gains: corrects those of layers; None where outputs are many numbers, or all images have been chosen on.
+    gains: corrects those of layers; None where that is not wanted, outputs are many numbers, or no image is
+    left that nothing was chosen on.
     """
 
     folded: FoldedNetwork
@@ -90,7 +91,8 @@ def tune_ranges(
     ranges = {**folded.set_ranges, **found.ranges}
     told = [*gates.findings, *division.findings, *width.findings, *found.findings]
     curve = None if division.curve is None else division.curve.with_ranges(ranges)
-    gains = GainTrial(images.feeds, apart) if aside.apart and aside.few_numbers else None
+    may_gain = recipe.corrects_gains and aside.apart and aside.few_numbers
+    gains = GainTrial(images.feeds, apart) if may_gain else None
     return TunedRanges(replace(folded, set_ranges=ranges), told, division.report, curve, gains)
 
 
