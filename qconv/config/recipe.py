@@ -107,13 +107,38 @@ def check_candidate_activation_bits(recipe: Recipe) -> None:
     why = ": 16 bits run in float there" if own else f": {TARGETS[recipe.target].why}"
     require(set(chosen) <= allowed, f"{told} with --target {recipe.target}", f"use {named}{why}.")
     if len(chosen) > 1:
-        hint = "pass some with --calib, or leave it out: what 8 bits lose is measured on them."
-        require(not recipe.data_free, f"{told} without pictures", hint)
-        require(recipe.stats is None, f"{told} with --stats", "leave one of them out: pictures are looked at again.")
         hint = "leave one of them out: nothing may have more than 8 bits with a budget of 0."
         require(recipe.float_budget != 0, f"{told} with --float-budget 0", hint)
-        hint = "pass --tune-ranges as well: what 8 bits lose is measured by it; or leave it out."
-        require(recipe.tune_ranges or recipe.divides_by_statistics, f"{told} without --tune-ranges", hint)
+        require_measured(recipe, told)
+
+
+def check_float_budget(recipe: Recipe) -> None:
+    """A budget that nothing is spent of is no budget; 0 goes with everything."""
+    if recipe.float_budget is None:
+        return
+    told = f"--float-budget {recipe.float_budget:g}"
+    require(0 <= recipe.float_budget <= 1, told, "use a share from 0 to 1.")
+    if recipe.float_budget == 0:
+        return
+    fact = f"{told} with --activation-bits {recipe.activation_bits}"
+    require(recipe.activation_bits == 8, fact, "leave one of them out: it is spent in place of 8 bits.")
+    alone, hint = recipe.candidate_activation_bits == (8,), "name float as well: with 8 alone nothing has more bits."
+    require(not alone, f"{told} with --candidate-activation-bits 8", hint)
+    hint = "leave one of them out: they say already which nodes have more than 8 bits."
+    require(recipe.high_precision is not None, f"{told} with these bits of layers", hint)
+    require_measured(recipe, told)
+    integers = TARGETS[recipe.target].costs is None or recipe.runs_in_integers
+    hint = "leave it out: it is for weights of up to 8 bits, neither packed nor in blocks, and activations of 8."
+    require(integers, f"{told} where layers do not run in integers", hint)
+
+
+def require_measured(recipe: Recipe, told: str) -> None:
+    """What 8 bits lose has to be known. told: the option that asks for it."""
+    hint = "pass some with --calib, or leave it out: what 8 bits lose is measured on them."
+    require(not recipe.data_free, f"{told} without pictures", hint)
+    require(recipe.stats is None, f"{told} with --stats", "leave one of them out: pictures are looked at again.")
+    hint = "pass --tune-ranges as well: what 8 bits lose is measured by it; or leave it out."
+    require(recipe.tune_ranges or recipe.divides_by_statistics, f"{told} without --tune-ranges", hint)
 
 
 def check_target(recipe: Recipe) -> None:
@@ -142,13 +167,6 @@ def check_target(recipe: Recipe) -> None:
     tunable = target.costs is not None and recipe.runs_in_integers
     hint = "it is for target ort-cpu and layers that can run in integers: weights of 2 to 8 bits, activations of 8."
     require(tunable or not recipe.tune_latency, "--tune-latency with these options", hint)
-    if recipe.float_budget is not None:
-        told = f"--float-budget {recipe.float_budget:g}"
-        require(0 <= recipe.float_budget <= 1, told, "use a share of the time, from 0 to 1.")
-        told_by = recipe.tune_ranges or recipe.divides_by_statistics
-        spent = told_by and recipe.high_precision is not None and (tunable or target.costs is None)
-        hint = "leave it out: it is spent with --tune-ranges, where a tensor may have more than 8 bits."
-        require(bool(spent) or recipe.float_budget == 0, f"{told} with these options", hint)
     if recipe.scale_gates:
         hint = "leave it out: it goes by --tune-ranges, which looks at pictures, and is for activations of 2 to 8 bits."
         searched = recipe.tune_ranges and min(recipe.bits_of_activations) <= 8
@@ -330,6 +348,7 @@ class Recipe:
         check_statistics(self)
         check_target(self)
         check_candidate_activation_bits(self)
+        check_float_budget(self)
         require(
             not self.pack or min(self.bits_of_weights) <= PACKED_BITS,
             f"--pack with {self.weight_bits}-bit weights",

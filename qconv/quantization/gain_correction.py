@@ -136,7 +136,8 @@ def fit_lines(wanted: StoredArrays, got: StoredArrays, seen: tuple[float, float]
     filled = [index for index, held in enumerate(wanted.held) if math.prod(held.shape)]
     if not filled:
         return None
-    centre = _by_channel(wanted[filled[0]]).mean(axis=1, dtype=np.float64)  # squares of what is far from 0 say little
+    first = _by_channel(wanted[filled[0]])
+    centre = first.mean(axis=1, dtype=np.float64).astype(np.float32)  # squares of what is far from 0 say little
     rows = ((_by_channel(wanted[index]), _by_channel(got[index])) for index in filled)
     with np.errstate(invalid="ignore", over="ignore"):  # what is infinite is found in the sums
         sums = sum((_sum_products(y, q, centre, seen) for y, q in rows), start=np.zeros((6, len(centre))))
@@ -160,11 +161,11 @@ def _by_channel(outputs: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _sum_products(
-    y: NDArray[np.float32], q: NDArray[np.float32], centre: Float64, seen: tuple[float, float]
+    y: NDArray[np.float32], q: NDArray[np.float32], centre: NDArray[np.float32], seen: tuple[float, float]
 ) -> Float64:
     """The number of places, and the sums of y, q, y^2, q^2 and y q over them, (6, O); y and q less the centre."""
     low, high = seen
-    inside, middle = (q > low) & (q < high), centre[:, None].astype(np.float32)
+    inside, middle = (q > low) & (q < high), centre[:, None]
     y, q = (np.clip(y, low, high) - middle) * inside, (q - middle) * inside
     sums = [x.sum(axis=1, dtype=np.float64) for x in (y, q)]
     products = [np.einsum("op,op->o", a, b).astype(np.float64) for a, b in ((y, y), (q, q), (y, q))]

@@ -440,6 +440,32 @@ def test_candidates_for_activations_that_cannot_be(
     assert fix in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("options", "fact", "fix"),
+    [
+        ({"float_budget": 1.5}, "--float-budget 1.5", "a share from 0 to 1"),
+        ({"activation_bits": 32}, "with --activation-bits 32", "in place of 8 bits"),
+        ({"activation_bits": 4}, "with --activation-bits 4", "in place of 8 bits"),
+        ({"candidate_activation_bits": (8,)}, "with --candidate-activation-bits 8", "name float as well"),
+        ({"layer_bits": (("a", LayerBits(None, 32)),)}, "with these bits of layers", "which nodes have more"),
+        ({"data_free": True}, "without pictures", "pass some with --calib"),
+        ({"stats": "s.npz"}, "with --stats", "leave one of them out"),
+        ({"tune_ranges": False}, "without --tune-ranges", "pass --tune-ranges as well"),
+        ({"calibrator": "minmax"}, "without --tune-ranges", "pass --tune-ranges as well"),
+        ({"weight_bits": 4, "pack": True}, "where layers do not run in integers", "neither packed nor"),
+    ],
+)
+def test_a_budget_that_nothing_is_spent_of_is_refused_by_its_cause(
+    options: dict[str, Any], fact: str, fix: str
+) -> None:
+    """Each can be left as it is with a budget of 0."""
+    with pytest.raises(QconvError) as caught:
+        Recipe(**{"float_budget": 0.2, **options})
+    assert fact in caught.value.message
+    assert fix in caught.value.hint
+    Recipe(**{**options, "float_budget": 0.0})
+
+
 def test_candidates_for_activations_are_chosen_by_pictures() -> None:
     for options, told in (
         ({"stats": "s.npz"}, "8,float with --stats"),
