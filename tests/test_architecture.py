@@ -21,15 +21,13 @@ PACKAGE = Path(qconv.__file__).parent
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")}
 LINES = {name: len((PACKAGE / name).read_text("utf-8").splitlines()) for name in TREES}
 
-MOST_MODULES = 230
+MOST_MODULES = 232
 MOST_LINES, MOST_LINES_WITH_A_REASON = 450, 700
 MOST_LINES_OF_A_FUNCTION = 60
 
 LONG_MODULES = {
     "api.py": "a function a command, with its options for arguments",
     "calibration/range_estimators.py": "a calibrator is added here and nowhere else",
-    "cli/options.py": "a table of the options that commands share",
-    "config/recipe.py": "every option of `quantize`, with what it excludes",
     "data/autodetect.py": "one sequential test and what feeds it",
     "data_free/propagation.py": "a table of rules by operator, for means and for distributions",
     "training/onnx_ops.py": "a table of ONNX operators in PyTorch",

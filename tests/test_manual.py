@@ -16,7 +16,7 @@ import pytest
 
 from qconv.cli import manual as command_module
 from qconv.cli.main import cli
-from qconv.cli.options import parse_number
+from qconv.cli.option_types import parse_number
 from qconv.config.data_options import PRESETS
 from qconv.report.manual_page import name_topics, render
 from tests.support.libraries import MOVES_CODES, needs, runner

@@ -1,14 +1,14 @@
-"""This module defines the options that commands share, and the types of their values."""
+"""This module defines the options that commands share."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from qconv.cli.option_types import BitsType, DropType, NumbersType, ResizeType, SizeType, make_choice
 from qconv.cli.task_option import JoinedOption, TaskType
 from qconv.config.choices import (
     BIAS_CORRECTIONS,
@@ -19,7 +19,6 @@ from qconv.config.choices import (
     DEVICES,
     EFFORTS,
     FALLBACKS,
-    FLOAT_BITS,
     FLOAT_BUDGET,
     MOST_THREADS,
     NAMED_RECIPES,
@@ -27,128 +26,12 @@ from qconv.config.choices import (
     PRECISE_SHARE,
     ROUNDINGS,
     WEIGHT_CALIBRATORS,
-    Drop,
     Scheme,
     WeightGranularity,
 )
 from qconv.config.data_options import AUTO, LETTERBOX_GREY, PRESETS, Color, Layout, LetterboxAlign, ResizeFilter
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
-
-if TYPE_CHECKING:
-    from click import ParamType
-else:
-
-    class ParamType(click.ParamType):
-        """click's, which takes the type of its values in brackets only from 8.4 on."""
-
-        def __class_getitem__(cls, values):
-            return cls
-
-
-class NumbersType(ParamType[tuple[float, ...]]):
-    """Comma-separated numbers; fractions such as 1/255 are accepted."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """The numbers, or a usage error."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(parse_number(part) for part in str(value).split(","))
-        except (ValueError, ZeroDivisionError):
-            self.fail(f"{value!r} is no number, fraction or comma-separated list of them.", param, ctx)
-
-
-def parse_number(text: str) -> float:
-    """A number or a fraction, such as 0.485, 1/255 or 1/127.5. Raises ValueError or ZeroDivisionError."""
-    top, slash, bottom = text.partition("/")
-    return float(top) / float(bottom) if slash else float(top)
-
-
-class SizeType(ParamType[tuple[int, int]]):
-    """HxW in pixels, or one number for a square."""
-
-    name = "HxW"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """What --help shows for the value."""
-        return "HxW"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Height and width, or a usage error."""
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).lower().split("x")
-        if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is no size; write for example 224x224.", param, ctx)
-        return int(parts[0]), int(parts[-1])
-
-
-class ResizeType(ParamType[str | int]):
-    """auto, exact, letterbox, or the shorter side in pixels."""
-
-    name = "resize"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """What --help shows for the value."""
-        return "[auto|exact|letterbox|N]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
-        """The word or the number, or a usage error."""
-        text = str(value)
-        if text in ("auto", "exact", "letterbox"):
-            return text
-        if not text.isdigit() or int(text) < 1:
-            self.fail(f"{text!r} is none of auto, exact, letterbox or a number of pixels.", param, ctx)
-        return int(text)
-
-
-class DropType(ParamType[Drop]):
-    """MEASURE:NUMBER, such as agreement:0.01 or sqnr:25."""
-
-    name = "drop"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """What --help shows for the value."""
-        return "MEASURE:NUMBER"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Drop:
-        """The measure and the number, or a usage error."""
-        if isinstance(value, Drop):
-            return value
-        measure, _, text = str(value).partition(":")
-        try:
-            return Drop(measure, parse_number(text.lower().removesuffix("db")))
-        except (ValueError, ZeroDivisionError):
-            self.fail(
-                f"{value!r} is no measure with a number; write for example agreement:0.01 or sqnr:25.", param, ctx
-            )
-
-
-class BitsType(ParamType[tuple[int, ...]]):
-    """Comma-separated numbers of bits, and float."""
-
-    name = "bits"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """What --help shows for the value."""
-        return "N,N,...[,float]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """The numbers, 32 for float, or a usage error."""
-        if isinstance(value, tuple):
-            return value
-        parts = [part.strip() for part in str(value).split(",")]
-        if not all(part == "float" or (part.isdigit() and part.isascii()) for part in parts):
-            self.fail(f"{value!r} is no list of bits; write for example 8,float.", param, ctx)
-        return tuple(FLOAT_BITS if part == "float" else int(part) for part in parts)
-
-
-def _choice(kind: type[StrEnum]) -> click.Choice[str]:
-    return click.Choice([str(member) for member in kind])
-
 
 HELP_WIDTH = {"max_content_width": 100}
 
@@ -183,9 +66,9 @@ preprocessing_options = combine_options(
         help="Replaces the preset's: subtracted after scaling; one number or one a channel.",
     ),
     click.option("--std", type=NumbersType(), help="Replaces the preset's: divided by at the end."),
-    click.option("--color", type=_choice(Color), help="Channel order."),
+    click.option("--color", type=make_choice(Color), help="Channel order."),
     click.option(
-        "--layout", type=_choice(Layout), help="Axis order of the model's input; read off its shape by default."
+        "--layout", type=make_choice(Layout), help="Axis order of the model's input; read off its shape by default."
     ),
     click.option(
         "--resize", type=ResizeType(), default="auto", show_default=True, help="See `qconv manual preprocessing`."
@@ -193,12 +76,12 @@ preprocessing_options = combine_options(
     click.option(
         "--filter",
         "filter_",
-        type=_choice(ResizeFilter),
+        type=make_choice(ResizeFilter),
         help="For resizing.  [default: bilinear, or as the file tells]",
     ),
     click.option(
         "--letterbox-align",
-        type=_choice(LetterboxAlign),
+        type=make_choice(LetterboxAlign),
         help="Where the picture lies in a letterbox.  [default: center, or as the file tells]",
     ),
     click.option(
@@ -348,13 +231,13 @@ quantize_options = combine_options(
     ),
     click.option(
         "--weight-scheme",
-        type=_choice(Scheme),
+        type=make_choice(Scheme),
         help="Symmetric: zero is the middle code.  "
         "[default: symmetric, but asymmetric with --effort best and up to 6 bits]",
     ),
     click.option(
         "--activation-scheme",
-        type=_choice(Scheme),
+        type=make_choice(Scheme),
         help="Symmetric: zero is the middle code, or the lowest where nothing is negative.  "
         "[default: asymmetric, or what the target takes]",
     ),
@@ -362,7 +245,7 @@ quantize_options = combine_options(
         "--weight-granularity",
         default="per-channel",
         show_default=True,
-        type=_choice(WeightGranularity),
+        type=make_choice(WeightGranularity),
         help="What shares a scale.",
     ),
     click.option(
@@ -525,7 +408,7 @@ quantize_options = combine_options(
     ),
     click.option(
         "--embed-preprocessing",
-        type=_choice(Layout),
+        type=make_choice(Layout),
         help="Write the normalisation into the result, which then takes uint8 pixels in this layout.",
     ),
     click.option(

@@ -32,7 +32,8 @@ from typing import Any
 
 from qconv.config.choices import FLOAT_BITS, NO_IMAGES, Drop, LayerBits, WeightGranularity, option_name
 from qconv.config.data_options import LABEL_OPTIONS, DataOptions, PreprocessingOptions
-from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, format_bits, make_request
+from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
+from qconv.config.recipe_checks import format_bits
 from qconv.errors import QconvError
 
 TOML_BITS = 64
