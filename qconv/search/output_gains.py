@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from qconv.config.recipe import Recipe
 from qconv.data.loader import Batch, count_images
-from qconv.errors import Change, Skipped
+from qconv.errors import Change, Skipped, format_count
 from qconv.quantization.gain_correction import STEP, correct_gains
 from qconv.reporter import Reporter
 from qconv.search.candidate import FoldedNetwork, QuantizationSolution
@@ -51,4 +51,4 @@ class GainTrial:
             return
         params.layers[:] = layers
         what = f"gains of outputs corrected: noise at the outputs {change:+.1f} dB"
-        solution.findings.append(Change(STEP, f"{changed} layers", what, "gains corrected"))
+        solution.findings.append(Change(STEP, format_count(changed, "layer"), what, "gains corrected"))
