@@ -10,11 +10,9 @@ becomes a Clip on the codes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qconv.config.choices import PACKED_BITS
 from qconv.errors import Change, Finding
@@ -25,7 +23,6 @@ from qconv.ir.model import (
     Value,
     attribute,
     clip_bounds,
-    constant_array,
     dims,
     input_of,
     rank,
@@ -34,14 +31,15 @@ from qconv.ir.model import (
 from qconv.ir.operators import QUANTIZATION_RULES, SATURATING_LINES, ComputingRule, TransparentRule, WeightedRule
 from qconv.ir.rewriting import data_input
 from qconv.planning.eligibility import gives_places
-from qconv.planning.plan import Plan, data_inputs, data_positions
+from qconv.planning.plan import Plan, data_inputs
 from qconv.planning.saturating_line import find_saturating_line
 from qconv.planning.widths import COPY
 from qconv.quantization.code_attributes import axis_attribute, has_integer_clip_kernel, integer_clip_bounds
+from qconv.quantization.dequantizers import DequantizerWriter
+from qconv.quantization.emit_constants import ConstantWriter
 from qconv.quantization.gelu_inputs import join_gelu_inputs
-from qconv.quantization.layer import LayerParams
 from qconv.quantization.parameters import Params
-from qconv.quantizer import PerChannel, QuantParams, QuantSpec
+from qconv.quantizer import QuantParams, QuantSpec
 
 FUSIBLE_RULES = (WeightedRule, ComputingRule)
 """Rules of the operators that have integer kernels in ONNX Runtime whose results differ from those of float."""
@@ -50,10 +48,11 @@ FUSIBLE_RULES = (WeightedRule, ComputingRule)
 def emit(model: Model, plan: Plan, params: Params, *, pack: bool) -> list[Finding]:
     """Rewrite `model` in place into its quantized form. pack: weight codes of 4 bits or fewer are stored as int4."""
     writer = _QdqWriter(model, plan, params)
+    constants = ConstantWriter(writer.made, plan)
     for layer in params.layers:
-        writer.layer(layer, pack=pack and layer.weight.spec.bits <= PACKED_BITS)
+        constants.layer(layer, pack=pack and layer.weight.spec.bits <= PACKED_BITS)
     for value, chosen in params.constants.items():
-        writer.constant(value, chosen)
+        constants.operand(value, chosen)
     for value in list(model.graph.inputs):
         if value in params.activations:
             writer.tensor(value, None)
@@ -70,10 +69,8 @@ class _QdqWriter:
         self.model, self.plan, self.params = model, plan, params
         self.codes: dict[Value, Value] = {}
         self.findings: list[Finding] = []
-        self._shared: dict[object, Value] = {}
+        self.made = DequantizerWriter(model)
         self._lines = {node: data_input(node) for node in plan.integer if node.op_type in SATURATING_LINES}
-
-    # -- activations -------------------------------------------------------------------------------------------------
 
     def node(self, node: Node) -> None:
         """Quantize what one node of the float graph writes, and remove it where it is absorbed."""
@@ -215,7 +212,7 @@ class _QdqWriter:
         readers = self._readers(result, node)
         codes = self.codes[source]
         if node.op_type == "Pad":
-            zero = self._grid(chosen)[1]
+            zero = self.made.grid(chosen)[1]
             inputs: list[Value | None] = [codes, input_of(node, 1), zero, input_of(node, 3)]
             while inputs[-1] is None:
                 inputs.pop()
@@ -236,14 +233,14 @@ class _QdqWriter:
         source, result = self._lines[node], node.outputs[0]
         line, chosen = find_saturating_line(node), self.params.activations[source]
         assert line is not None
-        before = self._dequantizer(self.codes[source], line.read(chosen), f"{result.name}_line", result)
+        before = self.made.dequantizer(self.codes[source], line.read(chosen), f"{result.name}_line", result)
         self.model.insert_before(node, before)
         if chosen.scale.ndim:
             before = self._copy(before.outputs[0], before, result)
         shift = self.model.constant(f"{result.name}_shift", np.array(line.shift, np.float32))
         own = QuantSpec(8, signed=False, symmetric=False).from_range(line.shift, line.shift)
         self.model.become(node, "Add", [before.outputs[0], shift])
-        self.constant(shift, own)
+        ConstantWriter(self.made, self.plan).operand(shift, own)
         self.tensor(result, node)
 
     def _readers(self, value: Value, producer: Node | None) -> list[Node]:
@@ -264,7 +261,7 @@ class _QdqWriter:
         if chosen.bits is not None:
             behind = self._end_at_codes(value, chosen, behind, wish)
             value = behind.outputs[0]
-        scale, zero = self._grid(chosen)
+        scale, zero = self.made.grid(chosen)
         name, attributes = f"{wish}_q", axis_attribute(chosen)
         node = self.model.build(
             "QuantizeLinear", [value, scale, zero], name=name, output=name, attributes=attributes, like=value
@@ -280,13 +277,10 @@ class _QdqWriter:
         cannot do.
         """
         axes = [-1 if axis == 1 else 1 for axis in range(rank(value) or 2)]
-        limits = self._fixed("limit", chosen.code_range()[1].astype(np.float32).reshape(axes))
+        limits = self.made.fixed("limit", chosen.code_range()[1].astype(np.float32).reshape(axes))
         node = self.model.build("Min", [value, limits], name=f"{wish}_limited", like=value)
         self._place(behind, node)
         return node
-
-    def _grid(self, chosen: QuantParams, kind: DataType | None = None) -> tuple[Value, Value]:
-        return self._fixed("scale", chosen.scale), self._fixed("zero_point", chosen.zero_point, kind)
 
     def _place(self, producer: Node | None, node: Node) -> None:
         if producer is None:
@@ -310,7 +304,7 @@ class _QdqWriter:
         return self._clip(codes, chosen, int(low), int(high))
 
     def _clip(self, codes: Value, chosen: QuantParams, low: int, high: int) -> Value:
-        limits = [self._fixed("code_limit", np.asarray(limit, chosen.spec.dtype)) for limit in (low, high)]
+        limits = [self.made.fixed("code_limit", np.asarray(limit, chosen.spec.dtype)) for limit in (low, high)]
         node = self.model.build("Clip", [codes, *limits], name=f"{codes.name}_Clip", like=codes)
         self._place(codes.producer(), node)
         return node.outputs[0]
@@ -323,7 +317,7 @@ class _QdqWriter:
         if not readers and not (rename and value.is_graph_output()):
             return
         chosen = self.params.activations[value]
-        node = self._dequantizer(codes, chosen, value.name or "", value)
+        node = self.made.dequantizer(codes, chosen, value.name or "", value)
         self.model.insert_after(producer, node)
         if chosen.scale.ndim:  # a copy: the runtime's kernels for codes fail on a scale for each channel
             node = self._copy(node.outputs[0], node, value)
@@ -339,108 +333,6 @@ class _QdqWriter:
         result.name = name
         outputs = self.model.graph.outputs
         outputs[list(outputs).index(value)] = result
-
-    def _fixed(self, wish: str, numbers: NDArray[np.generic], kind: DataType | None = None) -> Value:
-        """A scale, zero point or limit. Equal ones are shared: zero points alone would be a tenth of a small file."""
-        key = (numbers.dtype.str, kind, numbers.shape, numbers.tobytes())
-        if key not in self._shared:
-            self._shared[key] = self.model.constant(wish, numbers, kind)
-        return self._shared[key]
-
-    # -- constants and weights ---------------------------------------------------------------------------------------
-
-    def constant(self, value: Value, chosen: QuantParams) -> None:
-        """A constant operand of an integer operator."""
-        numbers = constant_array(value)
-        assert numbers is not None
-        uses = [
-            (node, index)
-            for node in self.model.readers(value)
-            if node in self.plan.integer
-            for index in data_positions(node, QUANTIZATION_RULES[node.op_type])
-            if node.inputs[index] is value  # a bound or a shape may be the same constant
-        ]
-        codes = chosen.quantize(numbers)
-        key = (codes.shape, codes.tobytes(), chosen.scale.tobytes(), chosen.zero_point.tobytes())
-        if key not in self._shared:
-            stored = self.model.constant(f"{value.name}_codes", codes)
-            node = self._dequantizer(stored, chosen, value.name or "", value)
-            self.model.insert_first(node)
-            self._shared[key] = node.outputs[0]
-        for node, index in uses:
-            self.model.set_input(node, index, self._shared[key])
-
-    def layer(self, chosen: LayerParams, *, pack: bool) -> None:
-        """Quantized weights, and the int32 bias, of one layer."""
-        node = chosen.layer.node
-        weight, bias = node.inputs[1], input_of(node, 2)
-        assert weight is not None
-        self.model.set_input(node, 1, self._weight(chosen, weight, pack=pack))
-        if chosen.bias is None or (bias is not None and chosen.bias is constant_array(bias)):
-            return  # nothing to add, or the float model's own bias
-        name = (bias.name or "") if bias is not None and len(bias.uses()) == 1 else f"{node.name}_bias"
-        if chosen.bias_params is None:
-            self.model.set_input(node, 2, self.model.constant(name, chosen.bias.astype(np.float32)))
-            return
-        codes = self.model.constant(f"{name}_codes", chosen.bias_params.quantize(chosen.bias))
-        dequantizer = self._dequantizer(codes, chosen.bias_params, name, codes)
-        self.model.insert_first(dequantizer)
-        self.model.set_input(node, 2, dequantizer.outputs[0])
-
-    def _weight(self, chosen: LayerParams, weight: Value, *, pack: bool) -> Value:
-        params, numbers = chosen.stored
-        digest = hashlib.blake2b(np.ascontiguousarray(numbers).tobytes()).digest()
-        key = (weight, params.spec, params.scale.tobytes(), params.zero_point.tobytes(), digest)
-        if key in self._shared:
-            return self._shared[key]
-        kind = DataType.INT4 if pack else None
-        name = weight.name or ""
-        codes = self.model.constant(f"{name}_codes", numbers, kind)
-        if chosen.layer.at_load:
-            self._shared[key] = self._computed(codes, params, name, weight)
-            return self._shared[key]
-        dequantizer = self._dequantizer(codes, params, name, weight, kind)
-        self.model.insert_first(dequantizer)
-        result = dequantizer.outputs[0]
-        stored = constant_array(weight)
-        if stored is not None and chosen.layer.blocked and chosen.layer.node.op_type != "Gemm":
-            # kernels of blocks were flattened; in between, Reshape keeps the optimizer from taking blocks for channels
-            shape = self._fixed("shape", np.asarray(stored.shape, np.int64))
-            reshape = self.model.build("Reshape", [result, shape], name=f"{name}_reshaped", like=weight)
-            self.model.insert_after(dequantizer, reshape)
-            result = reshape.outputs[0]
-        self._shared[key] = result
-        return result
-
-    def _computed(self, codes: Value, params: QuantParams, name: str, like: Value) -> Value:
-        """(codes - zero) * scale by operators that ONNX Runtime folds; a DequantizeLinear would run every time."""
-        axes = [1] * (rank(like) or 1)
-        if isinstance(params.spec.granularity, PerChannel):
-            axes[params.spec.granularity.axis] = -1
-        to_float = {"to": int(DataType.FLOAT)}
-        steps = [
-            self.model.build("Cast", [codes], name=f"{name}_cast", attributes=to_float, like=like, dtype=DataType.FLOAT)
-        ]
-        if params.zero_point.any():
-            zero = self._fixed("zero", params.zero_point.astype(np.float32).reshape(axes))
-            steps.append(self.model.build("Sub", [steps[-1].outputs[0], zero], name=f"{name}_shifted", like=like))
-        scale = self._fixed("scale", params.scale.reshape(axes))
-        steps.append(self.model.build("Mul", [steps[-1].outputs[0], scale], name=f"{name}_scaled", like=like))
-        self.model.insert_first(*steps)
-        return steps[-1].outputs[0]
-
-    def _dequantizer(
-        self, codes: Value, params: QuantParams, name: str, like: Value, kind: DataType | None = None
-    ) -> Node:
-        """A DequantizeLinear that is not in the graph yet; `kind` is the type of the codes where numpy has none."""
-        attributes = axis_attribute(params)
-        inputs = [codes, *self._grid(params, kind)]
-        wish = f"{name}_dq"
-        node = self.model.build("DequantizeLinear", inputs, name=wish, output=wish, attributes=attributes, like=like)
-        node.outputs[0].dtype = DataType.FLOAT
-        if codes.shape is not None:
-            node.outputs[0].shape = codes.shape.copy()
-        return node
 
 
 def _is_dequantized(value: Value) -> bool:
