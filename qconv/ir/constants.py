@@ -69,14 +69,20 @@ def fold_constant_nodes(model: Model) -> list[Change]:
         return []
     results = _evaluate_nodes(model, constant, wanted)
     for value, numbers in zip(wanted, results, strict=True):
-        name = value.name or ""
-        value.name = model.fresh(f"{name}_computed")
-        fixed = ir.tensor(numbers, name=name)
-        new = ir.Value(name=name, type=ir.TensorType(fixed.dtype), shape=ir.Shape(numbers.shape), const_value=fixed)
-        model.graph.register_initializer(new)
-        model.redirect(value, new)
+        freeze(model, value, numbers)
     model.sweep()
     return [Change("load", "constants", f"{len(constant)} nodes that depend on no input computed")]
+
+
+def freeze(model: Model, value: ir.Value, numbers: np.ndarray) -> ir.Value:
+    """Let all read a constant of the same name in the place of what a node computes, which no output may be."""
+    name = value.name or ""
+    value.name = model.fresh(f"{name}_computed")
+    fixed = ir.tensor(numbers, name=name)
+    new = ir.Value(name=name, type=ir.TensorType(fixed.dtype), shape=ir.Shape(numbers.shape), const_value=fixed)
+    model.graph.register_initializer(new)
+    model.redirect(value, new)
+    return new
 
 
 def _constant_nodes(model: Model) -> list[ir.Node]:

@@ -1,0 +1,340 @@
+"""Stores weight codes of 2 to 7 bits at their bits, and takes files that do so apart again.
+
+Standard operators unpack them. They read constants alone, so ONNX Runtime computes them once, when it loads the file,
+and finds the int8 codes that a file without packing has: layers run in integers as before, bit for bit.
+
+    int2, int4    codes -> Cast int8 [-> Add least]                          2 bits at opset 25, 4 bits at opset 21
+    bytes         bytes -> BitShift left -> BitShift right -> Reshape -> Cast int8 -> Add least    all bits and opsets
+
+In bytes, byte j holds the codes j, j + n, j + 2n, ... from its upper bits down; shifted left by so many bits each and
+right by the rest, all n bytes give all codes in order. Codes of 3, 5, 6 and 7 bits are sums of planes of 4, 2 and 1.
+The least code, that of each channel where that takes fewer bits, is what codes are stored less of.
+
+Scales of biases, which are products of two scales that the file has, become products as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.ir.constants import freeze
+from qconv.ir.model import DataType, Model, Node, Value, attribute, input_of
+from qconv.ir.stored_weights import (
+    constant_bytes,
+    constant_numbers,
+    find_stored_weights,
+    read_weight_dequantizer,
+)
+
+INT4_OPSET, INT4_RUNTIME = 21, (1, 23)
+"""From which on ONNX Runtime computes a Cast of int4. Measured on 1.19.2 to 1.32.0, as what follows."""
+
+INT2_OPSET, INT2_RUNTIME = 25, (1, 24)
+
+SMALL_SUM_OPSET, SMALL_SUM_RUNTIME = 14, (1, 22)
+"""From which on it adds codes of 8 bits; before, int32 takes their place, and four times the memory at load."""
+
+MOST_PACKED_BITS = 7
+
+BYTES_OF_NODE = 80
+"""What a node takes in the file, about: nothing is packed for less."""
+
+MOST_STEPS = 12
+"""So many operators are followed from packed codes to unpacked ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedCodes:
+    """How the codes of a tensor are stored. bits: of each. codes: bytes that they take. added: of what is added."""
+
+    bits: int
+    codes: int
+    added: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Packing:
+    """Codes less the least, which lie from 0 to 2^bits - 1. least: to be broadcast to them."""
+
+    codes: NDArray[np.uint8]
+    least: NDArray[np.int16]
+    bits: int
+
+
+# -- packing -----------------------------------------------------------------------------------------------------------
+
+
+def pack_codes(model: Model, most_bits: int, runtime: tuple[int, int]) -> dict[str, int]:
+    """Pack the weight codes of a quantized model in place. Returns the bits of those packed by their names.
+
+    Args:
+        model: With int8 codes. Its opset stays, and decides the form.
+        most_bits: Codes that take more stay as they are; so do those that would not become smaller.
+        runtime: The oldest ONNX Runtime that is to run the file, as (1, 23).
+    """
+    packed: dict[str, int] = {}
+    done: set[Value] = set()
+    for node in model.nodes():
+        found = find_stored_weights(model, node)
+        if found is None or found.in_float or found.computed or found.codes in done:
+            continue
+        done.add(found.codes)
+        numbers = constant_numbers(found.codes)
+        if numbers is None or numbers.dtype != np.int8 or numbers.ndim < 2 or found.codes.is_graph_output():
+            continue
+        packing = _choose_packing(numbers, found.axis)
+        steps = _Unpacking(model, runtime, numbers.shape)
+        if packing.bits <= most_bits and steps.saving(packing) > 0:
+            steps.write(found.codes, packing)
+            packed[found.codes.name or ""] = packing.bits
+    if packed:
+        _compute_bias_scales(model)
+    return packed
+
+
+def _choose_packing(codes: NDArray[np.int8], axis: int) -> _Packing:
+    whole = codes.astype(np.int16)
+    others = tuple(i for i in range(codes.ndim) if i != axis)
+    packings = []
+    for least, most in (
+        (whole.min(), whole.max()),
+        (whole.min(others, keepdims=True), whole.max(others, keepdims=True)),
+    ):
+        bits = max(2, int((most - least).max()).bit_length())
+        if bits in (2, 4) and np.min(least) >= -(1 << (bits - 1)) and np.max(most) < 1 << (bits - 1):
+            least = np.int16(-(1 << (bits - 1)))  # signed codes need no offset
+        packings.append(_Packing((whole - least).astype(np.uint8), np.asarray(least), bits))
+    one, own = packings
+    return own if own.bits < one.bits else one
+
+
+class _Unpacking:
+    """Writes codes in a form that the runtime and the opset allow, and the operators behind it."""
+
+    def __init__(self, model: Model, runtime: tuple[int, int], shape: tuple[int, ...]) -> None:
+        self.model, self.shape = model, shape
+        opset = model.opset
+        self.small_sums = opset >= SMALL_SUM_OPSET and runtime >= SMALL_SUM_RUNTIME
+        self.whole_types: dict[int, DataType] = {}
+        if opset >= INT4_OPSET and runtime >= INT4_RUNTIME:
+            self.whole_types[4] = DataType.INT4
+        if opset >= INT2_OPSET and runtime >= INT2_RUNTIME:
+            self.whole_types[2] = DataType.INT2
+        self.nodes: list[Node] = []
+
+    def saving(self, packing: _Packing) -> int:
+        """The bytes by which the file becomes smaller, about."""
+        nodes = 2 if packing.bits in self.whole_types else 3 + 4 * len(_planes(packing.bits))
+        packed = packing.codes.size * packing.bits / 8 + packing.least.size
+        return int(packing.codes.size - packed - nodes * BYTES_OF_NODE)
+
+    def write(self, codes: Value, packing: _Packing) -> None:
+        """Put what unpacks in the place of a constant, whose name the result takes."""
+        kind = self.whole_types.get(packing.bits)
+        result = self._from_bytes(packing) if kind is None else self._from_whole(packing, kind)
+        self.model.insert_first(*self.nodes)
+        _take_place(self.model, codes, result)
+
+    def _from_whole(self, packing: _Packing, kind: DataType) -> Value:
+        middle = 1 << (packing.bits - 1)
+        stored = (packing.codes.astype(np.int16) - middle).astype(np.int8)
+        value = self._step("Cast", self._constant("packed", stored, kind), to=DataType.INT8)
+        return self._raised(value, packing.least + np.int16(middle))
+
+    def _raised(self, value: Value, least: NDArray[np.int16]) -> Value:
+        """Codes of 8 bits, wrapped around where the sum is beyond them, plus what they were stored less of."""
+        if not least.any():
+            return value
+        added = self._constant("least", least.astype(np.int8))
+        if self.small_sums:
+            return self._step("Add", value, added)
+        wide = (self._step("Cast", part, to=DataType.INT32) for part in (value, added))
+        return self._step("Cast", self._step("Add", *wide), to=DataType.INT8)
+
+    def _from_bytes(self, packing: _Packing) -> Value:
+        whole: Value | None = None
+        kept = packing.bits
+        for bits in _planes(packing.bits):
+            kept -= bits
+            part = self._plane((packing.codes >> np.uint8(kept)) & np.uint8((1 << bits) - 1), bits)
+            if kept:
+                part = self._step("BitShift", part, self._shared("shift", np.uint8(kept)), direction="LEFT")
+            if not self.small_sums and packing.bits != bits:
+                part = self._step("Cast", part, to=DataType.INT32)
+            whole = part if whole is None else self._step("Add", whole, part)
+        assert whole is not None
+        return self._raised(self._step("Cast", whole, to=DataType.INT8), packing.least)
+
+    def _plane(self, codes: NDArray[np.uint8], bits: int) -> Value:
+        """Codes of 1, 2 or 4 bits out of bytes."""
+        a_byte = 8 // bits
+        count = -(-codes.size // a_byte)
+        rows = np.zeros((a_byte, count), np.uint8)
+        rows.reshape(-1)[: codes.size] = codes.reshape(-1)
+        lefts = np.arange(a_byte, dtype=np.uint8).reshape(-1, 1) * np.uint8(bits)
+        packed = np.bitwise_or.reduce(rows << (8 - bits - lefts), axis=0)
+        value = self._constant("packed", packed.astype(np.uint8))
+        value = self._step("BitShift", value, self._shared(f"lefts_{bits}", lefts), direction="LEFT")
+        value = self._step("BitShift", value, self._shared(f"right_{bits}", np.uint8(8 - bits)), direction="RIGHT")
+        if rows.size > codes.size:
+            value = self._step("Reshape", value, self._shared("flat", np.array([-1])))
+            ends = (self._shared(wish, np.array([end])) for wish, end in (("first", 0), ("behind", codes.size)))
+            value = self._step("Slice", value, *ends)
+        return self._step("Reshape", value, self._shared("shape", np.array(self.shape)))
+
+    def _step(self, op_type: str, *inputs: Value, to: DataType | None = None, **attributes: Any) -> Value:
+        given = attributes if to is None else {"to": int(to)}
+        node = self.model.build(op_type, list(inputs), name="packed_step", attributes=given)  # names weigh
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def _constant(self, wish: str, numbers: NDArray[Any], kind: DataType | None = None) -> Value:
+        return self.model.constant(wish, numbers, kind)
+
+    def _shared(self, wish: str, numbers: Any) -> Value:
+        """A constant that other unpackings read as well."""
+        wanted = np.asarray(numbers)
+        name = "_".join(["packed", wish, *map(str, wanted.reshape(-1) if wanted.size < 6 else [])])
+        known = self.model.graph.initializers.get(name)
+        if known is not None and np.array_equal(constant_numbers(known), wanted):
+            return known
+        return self.model.constant(name, wanted)
+
+
+def _planes(bits: int) -> list[int]:
+    """The powers of two that codes of so many bits are cut into, the upper first."""
+    return [part for part in (4, 2, 1) if bits & part]
+
+
+def _take_place(model: Model, constant: Value, result: Value) -> None:
+    """Let what is computed stand for a constant, under its name."""
+    name = constant.name or ""
+    model.redirect(constant, result)
+    del model.graph.initializers[name]
+    constant.name = model.fresh(f"{name}_unpacked")
+    result.name, result.shape = name, constant.shape
+    if constant.dtype is not None:
+        result.dtype = constant.dtype
+
+
+def _compute_bias_scales(model: Model) -> None:
+    """Let the runtime multiply the scale of an input and those of weights to that of the bias, where that is exact.
+
+    The zeros of a bias are made of those of the weights.
+    """
+    for node in model.nodes():
+        weights, bias = read_weight_dequantizer(node), input_of(node, 2)
+        data = None if not node.inputs or node.inputs[0] is None else node.inputs[0].producer()
+        made = None if bias is None else bias.producer()
+        if made is None or data is None or weights is None or made.op_type != "DequantizeLinear":
+            continue
+        if data.op_type == "DequantizeLinear":
+            factors = [value for value in (data.inputs[1], weights.scale) if value is not None]
+            scales = [numbers for value in factors if (numbers := constant_numbers(value)) is not None]
+            if len(scales) == 2 and scales[0].size == 1:
+                _compute_constant(model, made.inputs[1], scales[0] * scales[1], "Mul", factors)
+        zero = constant_numbers(weights.zero)
+        if zero is not None and weights.zero is not None and not zero.any():
+            _compute_constant(
+                model, input_of(made, 2), zero.astype(np.int32), "Cast", [weights.zero], to=DataType.INT32
+            )
+
+
+def _compute_constant(
+    model: Model, value: Value | None, numbers: NDArray[Any], op_type: str, inputs: list[Value], **attributes: int
+) -> None:
+    """Let a node compute a constant, where the numbers are the same and the node takes less."""
+    stored = constant_numbers(value)
+    if value is None or stored is None or value.is_graph_output() or constant_bytes(value) <= BYTES_OF_NODE:
+        return
+    if stored.shape == numbers.shape and np.array_equal(stored, numbers):
+        node = model.build(op_type, list(inputs), name="packed_step", attributes=attributes)
+        model.insert_first(node)
+        _take_place(model, value, node.outputs[0])
+
+
+# -- taking apart ------------------------------------------------------------------------------------------------------
+
+
+def unpack_codes(model: Model) -> dict[Value, PackedCodes]:
+    """Put constants in the place of what a file computes of packed codes, and of products of scales.
+
+    Returns how the codes of tensors were stored. Other models stay as they are.
+    """
+    found: dict[Value, PackedCodes] = {}
+    for node in model.nodes():
+        to_float = node.op_type == "Cast" and attribute(node, "to") == DataType.FLOAT
+        if not to_float and node.op_type != "DequantizeLinear":
+            continue
+        for value in tuple(node.inputs):
+            if value is None or value.producer() is None or value.is_graph_output():
+                continue
+            read = _StoredParts()
+            numbers = read.compute(value)
+            if numbers is None:
+                continue
+            constant = freeze(model, value, numbers)
+            model.remove_unread([value.producer()])
+            if numbers.dtype == np.int8 and numbers.size:
+                found[constant] = read.packing(numbers.size)
+            for part in (*read.joined, *read.others):
+                if not part.uses() and not part.is_graph_output():
+                    model.graph.initializers.pop(part.name or "", None)
+    return found
+
+
+@dataclass(slots=True)
+class _StoredParts:
+    """The constants that a tensor is computed of. joined: the codes, and what is added. others: shifts and shapes."""
+
+    joined: list[Value] = field(default_factory=list)
+    others: list[Value] = field(default_factory=list)
+
+    def compute(self, value: Value, steps: int = MOST_STEPS, *, joined: bool = True) -> NDArray[Any] | None:
+        """What qconv's unpacking gives; None for all else."""
+        stored = constant_numbers(value)
+        if stored is not None:
+            (self.joined if joined else self.others).append(value)
+            return stored
+        node = value.producer()
+        if node is None or steps == 0 or node.op_type not in _EVALUATED or node.domain != "":
+            return None
+        inputs: list[NDArray[Any]] = []
+        for index, part in enumerate(node.inputs):
+            whole = joined and (index == 0 or node.op_type in ("Add", "Mul"))
+            found = None if part is None else self.compute(part, steps - 1, joined=whole)
+            if found is None:
+                return None
+            inputs.append(found)
+        return _EVALUATED[node.op_type](node, *inputs)
+
+    def packing(self, count: int) -> PackedCodes:
+        """How so many codes are stored."""
+        added = sum(constant_bytes(part) for part in self.joined if part.dtype == DataType.INT8)
+        codes = sum(constant_bytes(part) for part in self.joined if part.dtype != DataType.INT8)
+        return PackedCodes(int(8 * codes / count + 0.5), codes, added)
+
+
+def _cast(node: Node, x: NDArray[Any]) -> NDArray[Any]:
+    cast: NDArray[Any] = x.astype(DataType(attribute(node, "to")).numpy())
+    return cast
+
+
+def _shift(node: Node, x: NDArray[Any], by: NDArray[Any]) -> NDArray[Any]:
+    return np.left_shift(x, by) if attribute(node, "direction") == "LEFT" else np.right_shift(x, by)
+
+
+_EVALUATED: dict[str, Callable[..., NDArray[Any]]] = {
+    "Cast": _cast,
+    "BitShift": _shift,
+    "Reshape": lambda node, x, shape: x.reshape(shape),
+    "Slice": lambda node, x, start, end: x[int(start[0]) : int(end[0])],
+    "Add": lambda node, x, y: np.add(x, y, dtype=x.dtype),
+    "Mul": lambda node, x, y: np.multiply(x, y, dtype=x.dtype),
+}
+"""Operators that unpack, as functions of the node and its inputs."""
