@@ -47,6 +47,7 @@ from qconv.ir.layers import layers_inside
 from qconv.ir.model import Model, Value
 from qconv.ir.original import open_original
 from qconv.ir.output_shapes import forget_doubtful
+from qconv.ir.packed_codes import unpack_codes
 from qconv.ir.precision import make_float32
 from qconv.ir.rewriting import title
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
@@ -163,6 +164,7 @@ def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
     carried = metadata_of(proto)
     ours = ir_metadata.VERSION_KEY in carried
     quantized = load.load_unchanged(proto, request.model)
+    unpack_codes(quantized)
     if not ours:  # tools that compute in float16 around quantizers; parts of the network are fed with float32 here
         make_float32(quantized)
     original, _ = load.load(read_proto(request.float_model), request.float_model)

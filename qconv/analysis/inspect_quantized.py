@@ -28,6 +28,7 @@ from qconv.ir.metadata import read_placed_nodes, read_preprocessing_dict, read_r
 from qconv.ir.model import Model, Node, Value
 from qconv.ir.model import input_of as at
 from qconv.ir.operators import CLIPPING_ACTIVATIONS
+from qconv.ir.packed_codes import PackedCodes, unpack_codes
 from qconv.ir.stored_weights import (
     DYNAMIC_OPS,
     FLOAT_FORMAT,
@@ -203,8 +204,9 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         name, _, meaning = FILE_FORMATS[-1]
     counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model = load_unchanged(proto, source)
+    packed = unpack_codes(model)
     recipe, placed = _drop_nan(read_recipe(carried)), read_placed_nodes(carried)
-    reader = _LayerReader(model, recipe_from_dict(recipe) if recipe else None, size)
+    reader = _LayerReader(model, recipe_from_dict(recipe) if recipe else None, size, packed)
     layers = tuple(row for node in model.nodes() if (row := reader.row(node)) is not None)
     owned = sum(layer.bytes for layer in layers)
     return QuantizedModel(
@@ -239,10 +241,13 @@ def _drop_nan(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _LayerReader:
-    """Reads layers in graph order. recipe: of a file by qconv. owned: constants that a layer has already."""
+    """Reads layers in graph order. recipe: of a file by qconv. owned: constants that a layer has already.
 
-    def __init__(self, model: Model, recipe: Recipe | None, size: int) -> None:
-        self.model, self.recipe, self.size = model, recipe, size
+    packed: how codes are stored that are in the model as they are unpacked.
+    """
+
+    def __init__(self, model: Model, recipe: Recipe | None, size: int, packed: Mapping[Value, PackedCodes]) -> None:
+        self.model, self.recipe, self.size, self.packed = model, recipe, size, packed
         self.owned: set[Value] = set()
 
     def row(self, node: Node) -> QuantizedLayerRow | None:
@@ -252,11 +257,15 @@ class _LayerReader:
         if weights is None:
             return None
         bias, bias_parts = self._bias(node, places)
-        codes = self._take([weights.codes])
-        scales = self._take(weights.others)
+        packed = self.packed.get(weights.codes)
+        codes, scales = self._take([weights.codes]), self._take(weights.others)
+        if packed is not None and codes:
+            codes, scales = packed.codes, scales + packed.added
         biases = self._take(bias_parts)
         read = self._read(node, places)
         bits, scheme = weight_bits_of(node, weights, self.recipe), self._scheme(weights)
+        if packed is not None and self.recipe is None:
+            bits = packed.bits
         granularity, block = self._granularity(node, weights)
         if self.recipe is not None and scheme == "symmetric" and self.recipe.moves_zero(bits):
             scheme = str(self.recipe.scheme_of_weights(bits))
@@ -266,7 +275,7 @@ class _LayerReader:
             name=node.name or "",
             op=node.op_type,
             shape=weights.shape,
-            type=weights.type,
+            type=weights.type if packed is None else f"int{packed.bits}",
             bits=bits,
             scheme=None if weights.in_float else scheme,
             granularity=granularity,

@@ -36,6 +36,7 @@ from qconv.ir.load import load_unchanged
 from qconv.ir.metadata import read_placed_nodes, read_recipe
 from qconv.ir.model import DataType, Model, Node, attribute, constant_array, input_of
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule, with_
+from qconv.ir.packed_codes import unpack_codes
 from qconv.planning.eligibility import HEAD_REASON, NO_16_BIT_KERNEL
 from qconv.planning.plan import Plan
 from qconv.planning.planner import KEPT_FLOAT_BY_OPTION
@@ -371,6 +372,7 @@ def audit_file(source: Source, *, threads: int, batch: int | None, size: tuple[i
         times = profile_nodes(session, make_random_inputs(session, asked.batch, known))
         told = read_recipe(model.inner.metadata_props)
         recipe = recipe_from_dict(told) if told else None
+        unpack_codes(model)
         audited = audit(optimized, model, _read_planned_reasons(model, recipe), times)
     widened = (
         recipe is not None and TARGETS[recipe.target].saturates_int16_pairs and recipe.saturation_safe is not False

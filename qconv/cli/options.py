@@ -16,6 +16,7 @@ from qconv.config.choices import (
     BLOCK_SIZE,
     CALIBRATOR_NAMES,
     CANDIDATE_BITS,
+    COMMON_RUNTIME,
     DEVICES,
     EFFORTS,
     FALLBACKS,
@@ -298,7 +299,14 @@ quantize_options = combine_options(
     click.option(
         "--pack/--no-pack",
         default=False,
-        help="Store weights of 4 bits or fewer as int4: the smallest file, layers run in float.",
+        help="Store weights of 7 bits or fewer at their bits: the smallest file, as fast and with the same outputs, "
+        "but slower to load.",
+    ),
+    click.option(
+        "--needs",
+        metavar="ORT-VERSION",
+        help="The oldest ONNX Runtime that has to run the result, 1.19 or newer; --pack stores codes so that it can.  "
+        f"[default: {'.'.join(map(str, COMMON_RUNTIME))} for --pack]",
     ),
     click.option(
         "--calibrator",

@@ -38,8 +38,14 @@ class WeightGranularity(StrEnum):
 
 BLOCK_SIZE = 32
 
-PACKED_BITS = 4
-"""Codes of up to so many bits can be stored two in a byte."""
+PACKED_BITS = 7
+"""Codes of up to so many bits can be stored in less than a byte each."""
+
+OLDEST_RUNTIME = (1, 19)
+"""The oldest ONNX Runtime that a file can be written for by `--needs`: older ones were not measured."""
+
+COMMON_RUNTIME = (1, 30)
+"""What packed codes may need where `--needs` does not say it: the common ground of the newest three releases."""
 
 CALIBRATOR_NAMES = ("minmax", "ema", "mean-extremes", "percentile", "entropy", "mse", "output-mse", "aciq")
 

@@ -18,6 +18,7 @@ from qconv.config.choices import (
     ACTIVATION_BITS,
     BLOCK_SIZE,
     CANDIDATE_BITS,
+    COMMON_RUNTIME,
     DROP_MEASURES,
     FALLBACKS,
     FEW_BITS,
@@ -26,7 +27,6 @@ from qconv.config.choices import (
     GATE_OPTIONS,
     NO_IMAGES,
     OPTION_CHOICES,
-    PACKED_BITS,
     PERCENTILE,
     WEIGHT_BITS,
     WIDE_BITS,
@@ -51,12 +51,13 @@ from qconv.config.recipe_checks import (
     check_data_free,
     check_float_budget,
     check_layer_bits,
+    check_packing,
     check_statistics,
     check_target,
     check_weights_alone,
     format_bits,
 )
-from qconv.config.targets import TARGETS
+from qconv.config.targets import TARGETS, parse_runtime
 
 RUN_ONLY_OPTIONS = frozenset({"threads", *GATE_OPTIONS, "stats", "save_stats", "save_layer_bits"})
 """Options that change the run, but no byte of the file."""
@@ -90,8 +91,9 @@ class Recipe:
     share of activations that may have more than 8 bits; None for PRECISE_SHARE. scale_gates: scale
     channels of loud gates, each behind a depthwise layer of its own, where outputs gain. tune_latency: place layers by
     times that are measured on this machine, see `tune`. embed_preprocessing: the layout of the uint8 pixels that the
-    result takes and normalises by itself; None: it takes what the float network takes. data_free: no picture is looked
-    at, BatchNormalization tells what tensors are like, see `told`. fallback: made-up
+    result takes and normalises by itself; None: it takes what the float network takes. pack: store codes of up to
+    7 bits at their bits, see `packed_codes`. needs: the ONNX Runtime that the result has to run in, as 1.23; None for
+    any. data_free: no picture is looked at, BatchNormalization tells what tensors are like, see `told`. fallback: made-up
     pictures that are watched for what it does not tell, "random" ones; None: that is an error.
     Raises QconvError for values that do not go together.
     """
@@ -109,6 +111,7 @@ class Recipe:
     candidate_bits: tuple[int, ...] | None = None
     candidate_activation_bits: tuple[int, ...] | None = None
     pack: bool = False
+    needs: str | None = None
     calibrator: str = ""
     percentile: float | None = None
     weight_calibrator: str = "max"
@@ -172,16 +175,12 @@ class Recipe:
         check_target(self)
         check_candidate_activation_bits(self)
         check_float_budget(self)
-        require(
-            not self.pack or min(self.bits_of_weights) <= PACKED_BITS,
-            f"--pack with {self.weight_bits}-bit weights",
-            "packing stores int4: pass --weight-bits 4 or fewer, for some layers at least, or --no-pack.",
-        )
+        check_packing(self)
 
     @property
     def runs_in_integers(self) -> bool:
         """Whether layers run on codes of 8 bits, for which costs are known, or such as lie in them."""
-        whole = not self.pack and self.weight_granularity is not WeightGranularity.PER_BLOCK
+        whole = self.weight_granularity is not WeightGranularity.PER_BLOCK
         return whole and self.bits_of_activations == {8} and max(self.bits_of_weights) <= 8
 
     @property
@@ -210,11 +209,12 @@ class Recipe:
     def moves_zero(self, bits: int) -> bool:
         """Whether codes of weights with so many bits are stored with zero at code 0, whatever their scheme."""
         room = bits <= FEW_BITS and not self.allocates_weights
-        return room and TARGETS[self.target].moves_zero and not self.packs(bits)
+        return room and TARGETS[self.target].moves_zero
 
-    def packs(self, bits: int) -> bool:
-        """Whether weights with so many bits are stored as int4."""
-        return self.pack and bits <= PACKED_BITS
+    @property
+    def oldest_runtime(self) -> tuple[int, int]:
+        """The oldest ONNX Runtime that the file may need, as (1, 30)."""
+        return COMMON_RUNTIME if self.needs is None else parse_runtime(self.needs)
 
     @property
     def bits_of_weights(self) -> frozenset[int]:

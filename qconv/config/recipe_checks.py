@@ -13,6 +13,8 @@ from qconv.config.choices import (
     FEW_BITS_CALIBRATOR,
     FLOAT_BITS,
     NO_IMAGES,
+    OLDEST_RUNTIME,
+    PACKED_BITS,
     WIDE_BITS,
     Scheme,
     WeightGranularity,
@@ -20,7 +22,7 @@ from qconv.config.choices import (
     require,
 )
 from qconv.config.data_options import LABEL_OPTIONS, DataOptions, Layout
-from qconv.config.targets import TARGETS
+from qconv.config.targets import TARGETS, parse_runtime
 
 if TYPE_CHECKING:
     from qconv.config.recipe import Recipe
@@ -45,7 +47,7 @@ def check_allocation(recipe: Recipe) -> None:
         whole = recipe.weight_granularity is not WeightGranularity.PER_CHANNEL
         fact = f"{told} --weight-granularity {recipe.weight_granularity}"
         require(not whole, fact, "use per-channel: bits go with scales.")
-        require(not recipe.pack, f"{told} --pack", "leave one of them out: int4 holds no more than 4 bits.")
+        require(not recipe.pack, f"{told} --pack", "leave one of them out: channels of most layers have up to 8 bits.")
     if recipe.allocates_activations:
         require(recipe.activation_bits <= 8, f"{told} --activation-bits {recipe.activation_bits}", "use 2 to 8.")
         fact = f"{told} --calibrator {recipe.calibrator}"
@@ -107,7 +109,7 @@ def check_float_budget(recipe: Recipe) -> None:
     require(recipe.high_precision is not None, f"{told} with these bits of layers", hint)
     require_measured(recipe, told)
     integers = TARGETS[recipe.target].costs is None or recipe.runs_in_integers
-    hint = "leave it out: it is for weights of up to 8 bits, neither packed nor in blocks, and activations of 8."
+    hint = "leave it out: it is for weights of up to 8 bits, not in blocks, and activations of 8."
     require(integers, f"{told} where layers do not run in integers", hint)
 
 
@@ -167,6 +169,17 @@ def check_target(recipe: Recipe) -> None:
         )
         integers = recipe.activation_bits <= 8 and recipe.weight_bits <= 8  # of most layers
         require(integers, f"{option} with these bits", "leave it out: products are of float then.")
+
+
+def check_packing(recipe: Recipe) -> None:
+    """Codes that fill their bytes cannot be packed; and what the file may need is a version."""
+    if recipe.needs is not None:
+        found = parse_runtime(recipe.needs)
+        own = ".".join(map(str, OLDEST_RUNTIME))
+        require(found >= OLDEST_RUNTIME, f"--needs {recipe.needs}", f"use {own} or newer: that is what was measured.")
+    fact = f"--pack with {recipe.weight_bits}-bit weights"
+    hint = f"pass --weight-bits {PACKED_BITS} or fewer, for some layers at least: codes of 8 bits fill their bytes."
+    require(not recipe.pack or min(recipe.bits_of_weights) <= PACKED_BITS, fact, hint)
 
 
 def check_data_free(recipe: Recipe) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, NamedTuple
+
+from qconv.errors import QconvError
 
 LOWEST_OPSET = 13  # DequantizeLinear with a scale for each channel
 
@@ -37,6 +40,15 @@ OPSETS: Mapping[int, OpsetSupport] = {
 }
 """The opsets that results are written in. IR versions by onnx's own table of releases; runtimes as measured, which
 `make compat` does again. Opset 28 has no quantizers in any runtime up to 1.32."""
+
+
+def parse_runtime(version: str) -> tuple[int, int]:
+    """The first two numbers of a version. Raises QconvError for what is none, as `1`."""
+    found = re.fullmatch(r"(\d{1,4})\.(\d{1,4})(\.\d{1,4})?", version)
+    if found is None:
+        raise QconvError(f"--needs {version} is no version of ONNX Runtime.", "write it as 1.23.")
+    return int(found[1]), int(found[2])
+
 
 HIGHEST_OPSET = max(OPSETS)
 

@@ -15,18 +15,22 @@ Scales of biases, which are products of two scales that the file has, become pro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.config.choices import OLDEST_RUNTIME, PACKED_BITS
+from qconv.errors import Change, Finding, format_count
 from qconv.ir.constants import freeze
 from qconv.ir.model import DataType, Model, Node, Value, attribute, input_of
 from qconv.ir.stored_weights import (
     constant_bytes,
     constant_numbers,
+    constant_value,
     find_stored_weights,
     read_weight_dequantizer,
 )
@@ -39,7 +43,7 @@ INT2_OPSET, INT2_RUNTIME = 25, (1, 24)
 SMALL_SUM_OPSET, SMALL_SUM_RUNTIME = 14, (1, 22)
 """From which on it adds codes of 8 bits; before, int32 takes their place, and four times the memory at load."""
 
-MOST_PACKED_BITS = 7
+NOTHING_TO_PACK = "no codes take less than 8 bits, or all layers with such are too small"
 
 BYTES_OF_NODE = 80
 """What a node takes in the file, about: nothing is packed for less."""
@@ -69,12 +73,41 @@ class _Packing:
 # -- packing -----------------------------------------------------------------------------------------------------------
 
 
-def pack_codes(model: Model, most_bits: int, runtime: tuple[int, int]) -> dict[str, int]:
-    """Pack the weight codes of a quantized model in place. Returns the bits of those packed by their names.
+def packing_opset(bits: int, runtime: tuple[int, int]) -> int:
+    """The opset in which codes of so many bits have a type of their own that this ONNX Runtime takes; 0 for none."""
+    if bits == 4 and runtime >= INT4_RUNTIME:
+        return INT4_OPSET
+    return INT2_OPSET if bits == 2 and runtime >= INT2_RUNTIME else 0
+
+
+def packing_runtime(model: Model) -> str | None:
+    """The oldest ONNX Runtime that unpacks all codes of a file; None where none are packed."""
+    found: list[tuple[int, int]] = []
+    for node in model.nodes():
+        stored = constant_value(input_of(node, 0))
+        if node.op_type == "Cast" and stored is not None and stored.dtype in (DataType.INT4, DataType.INT2):
+            found.append(INT4_RUNTIME if stored.dtype == DataType.INT4 else INT2_RUNTIME)
+        elif node.op_type == "BitShift":
+            found.append(OLDEST_RUNTIME)
+        elif node.op_type == "Add" and (of := constant_value(input_of(node, 1))) is not None and of.dtype.bitwidth == 8:
+            found.append(SMALL_SUM_RUNTIME)
+    return ".".join(map(str, max(found))) if found else None
+
+
+def describe_packing(packed: Mapping[str, int]) -> list[Finding]:
+    """packed: bits by the name of codes."""
+    counts = sorted(Counter(packed.values()).items())
+    return [
+        Change("pack", f"{bits} bits", f"codes of {format_count(count, 'layer')} stored with {bits} bits each")
+        for bits, count in counts
+    ]
+
+
+def pack_codes(model: Model, runtime: tuple[int, int]) -> dict[str, int]:
+    """Pack the weight codes of a quantized model in place, those that become smaller. Returns bits by names.
 
     Args:
         model: With int8 codes. Its opset stays, and decides the form.
-        most_bits: Codes that take more stay as they are; so do those that would not become smaller.
         runtime: The oldest ONNX Runtime that is to run the file, as (1, 23).
     """
     packed: dict[str, int] = {}
@@ -89,7 +122,7 @@ def pack_codes(model: Model, most_bits: int, runtime: tuple[int, int]) -> dict[s
             continue
         packing = _choose_packing(numbers, found.axis)
         steps = _Unpacking(model, runtime, numbers.shape)
-        if packing.bits <= most_bits and steps.saving(packing) > 0:
+        if packing.bits <= PACKED_BITS and steps.saving(packing) > 0:
             steps.write(found.codes, packing)
             packed[found.codes.name or ""] = packing.bits
     if packed:
@@ -121,10 +154,9 @@ class _Unpacking:
         opset = model.opset
         self.small_sums = opset >= SMALL_SUM_OPSET and runtime >= SMALL_SUM_RUNTIME
         self.whole_types: dict[int, DataType] = {}
-        if opset >= INT4_OPSET and runtime >= INT4_RUNTIME:
-            self.whole_types[4] = DataType.INT4
-        if opset >= INT2_OPSET and runtime >= INT2_RUNTIME:
-            self.whole_types[2] = DataType.INT2
+        for bits, kind in ((4, DataType.INT4), (2, DataType.INT2)):
+            if 0 < packing_opset(bits, runtime) <= opset:
+                self.whole_types[bits] = kind
         self.nodes: list[Node] = []
 
     def saving(self, packing: _Packing) -> int:
@@ -201,7 +233,8 @@ class _Unpacking:
         wanted = np.asarray(numbers)
         name = "_".join(["packed", wish, *map(str, wanted.reshape(-1) if wanted.size < 6 else [])])
         known = self.model.graph.initializers.get(name)
-        if known is not None and np.array_equal(constant_numbers(known), wanted):
+        stored = constant_numbers(known)
+        if known is not None and stored is not None and np.array_equal(stored, wanted):
             return known
         return self.model.constant(name, wanted)
 
@@ -321,8 +354,7 @@ class _StoredParts:
 
 
 def _cast(node: Node, x: NDArray[Any]) -> NDArray[Any]:
-    cast: NDArray[Any] = x.astype(DataType(attribute(node, "to")).numpy())
-    return cast
+    return np.asarray(x).astype(np.dtype(DataType(attribute(node, "to")).numpy()))
 
 
 def _shift(node: Node, x: NDArray[Any], by: NDArray[Any]) -> NDArray[Any]:

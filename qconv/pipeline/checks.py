@@ -18,7 +18,7 @@ import numpy as np
 from qconv import storage
 from qconv.auditing.audit import PlannedReasons, audit, profile_nodes
 from qconv.calibration.sketch import Sketch
-from qconv.config.choices import PACKED_BITS, option_name
+from qconv.config.choices import option_name
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
 from qconv.data.loader import DataLoader
@@ -72,12 +72,6 @@ def warn_of_vain_keep_float(plan: Plan, audited: Audit, reporter: Reporter) -> N
     if vain:
         named = format_some(vain, 1)
         reporter.warn(f"--keep-float changes nothing for {named}: it runs as its neighbours do, or not at all.")
-
-
-def warn_of_vain_pack(plan: Plan, recipe: Recipe, reporter: Reporter) -> None:
-    """Warn of --pack where a search for bits has left nothing to pack."""
-    if recipe.pack and not any(recipe.packs(layer.weight.bits) for layer in plan.layers):
-        reporter.warn(f"--pack changes nothing: no layer has {PACKED_BITS} bits or fewer.")
 
 
 def warn_of_uncorrected_biases(solution: QuantizationSolution, recipe: Recipe, reporter: Reporter) -> None:

@@ -28,7 +28,7 @@ from qconv.ir.files import (
     read_proto,
     refuse_quantized,
 )
-from qconv.ir.metadata import needed_opset
+from qconv.ir.metadata import check_needs, needed_opset
 from qconv.ir.model import Model
 from qconv.ir.output_shapes import doubtful_outputs, settle_shapes
 from qconv.metrics.by_labels import open_data_labels
@@ -142,6 +142,7 @@ def load_float(
         if needs_labels(recipe, data):
             opened = open_data_labels(data, pictures.paths, reporter.warn, USE_EVALUATE)
         model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
+        check_needs(model, recipe)
     with clock.step("detect"):
         pictures.settle(model, recipe.threads)
         changes += _settle_output_shapes(model, pictures, source, recipe)

@@ -25,6 +25,7 @@ from qconv.ir.files import Source
 from qconv.ir.metadata import needed_runtime, write_metadata
 from qconv.ir.model import Model
 from qconv.ir.original import open_original
+from qconv.ir.packed_codes import NOTHING_TO_PACK, describe_packing, pack_codes
 from qconv.metrics.comparison import describe_differing_runs
 from qconv.metrics.demands import check_gates, require_extras
 from qconv.metrics.labelled import tell_of_misfit
@@ -43,7 +44,6 @@ from qconv.pipeline.checks import (
     warn_of_result,
     warn_of_uncorrected_biases,
     warn_of_vain_keep_float,
-    warn_of_vain_pack,
 )
 from qconv.pipeline.collect import CalibrationCache, CalibrationData
 from qconv.pipeline.prepare import Prepared, Stopwatch, prepare
@@ -118,14 +118,15 @@ def quantize(
     run.tune_ranges()
     solution, mixed = run.choose_numbers()
     rows = run.emit(solution)
-    with files.stage_model(run.model, place) as staged:
+    written = run.pack()
+    with files.stage_model(written, place) as staged:
         checked, audited = run.check(staged, solution.plan)
         size, result = staged.size, staged.path.read_bytes() if place is None else None
         run.save_side_files(solution.plan)
         if place is not None:
             staged.commit(place)
     run.clock.seconds["total"] = time.perf_counter() - started
-    return run.report(place, size, checked, audited, rows, mixed), result
+    return run.report(place, written, size, checked, audited, rows, mixed), result
 
 
 @dataclass(slots=True)
@@ -343,7 +344,7 @@ class _QuantizationRun:
         before = model.copy() if recipe.rounding == "reconstruct" else None
         with self.clock.step("emit"):
             rows = make_tensor_rows(plan, solution.params)
-            self.findings += emit(model, plan, solution.params, pack=recipe.pack)
+            self.findings += emit(model, plan, solution.params)
         if before is not None and pictures.feed is not None:
             with self.clock.step("reconstruct"):
                 self.findings += self._reconstruct(before, pictures.feed)
@@ -363,6 +364,18 @@ class _QuantizationRun:
         feeds, seed = feed.take(MOST_IMAGES, "read again"), self.pictures.data.seed
         return reconstruct_blocks(self.model, before, self.recipe, feeds, fixed, seed, self.reporter)
 
+    def pack(self) -> Model:
+        """The quantized network as it is written: itself, or with packed codes, which nothing here reads."""
+        if not self.recipe.pack:
+            return self.model
+        with self.clock.step("emit"):
+            written = self.model.copy()
+            packed = pack_codes(written, self.recipe.oldest_runtime)
+        self.findings += describe_packing(packed)
+        if not packed:
+            self.reporter.warn(f"--pack changes nothing: {NOTHING_TO_PACK}.")
+        return written
+
     def check(self, staged: files.StagedModel, plan: Plan) -> tuple[Verification, Audit]:
         """Run the written file and read what the runtime makes of it, before it gets its name. Warn of what is odd."""
         pictures = self.pictures
@@ -378,7 +391,6 @@ class _QuantizationRun:
                     tell_of_misfit(checked.labelled.float_scores, checked.labelled.words, self.reporter.warn)
             self._warn_of_chance(original)
         warn_of_vain_keep_float(plan, audited, self.reporter)
-        warn_of_vain_pack(plan, self.recipe, self.reporter)
         warn_of_all_float(audited, self.target, self.reporter)
         warn_of_result(checked, (self.prepared.size, staged.size), self.advice, self.reporter)
         return checked, audited
@@ -404,6 +416,7 @@ class _QuantizationRun:
     def report(
         self,
         place: Path | None,
+        written: Model,
         size: int,
         checked: Verification,
         audited: Audit,
@@ -411,7 +424,7 @@ class _QuantizationRun:
         mixed: MixedPrecision | None,
     ) -> Report:
         """Put together what is told of the run. size: of the result, in bytes."""
-        recipe, pictures, model = self.recipe, self.pictures, self.model
+        recipe, pictures, model = self.recipe, self.pictures, written
         return Report(
             version=qconv.__version__,
             output="-" if place is None else str(place),

@@ -233,8 +233,6 @@ def explain_dequantized_layer(layer: LayerPlan, plan: Plan, recipe: Recipe) -> s
         return "weights of 16 bits have no integer kernel"
     if layer.blocked:
         return "weights with a scale for each block have no integer kernel"
-    if recipe.packs(layer.weight.bits):
-        return "packed weights are unpacked to float"
     return None
 
 

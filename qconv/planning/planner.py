@@ -172,7 +172,7 @@ class _Planner:
             rule = orient_rule(node, rule)
             spec = make_weight_spec(node, rule, self.recipe, self.target, self._least_bits(node))
             data = None if placed or self.recipe.activation_bits == 32 else node.inputs[0]
-            whole = not self.recipe.packs(spec.bits) and not isinstance(spec.granularity, PerBlock)
+            whole = not isinstance(spec.granularity, PerBlock)
             at_load = data is None and whole and self.target.folds_constants
             own_bits = self.recipe.allocates_weights and spec.bits < 8 and isinstance(spec.granularity, PerChannel)
             moves_zero = not spec.symmetric and self.recipe.moves_zero(spec.bits)

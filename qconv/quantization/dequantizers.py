@@ -19,23 +19,21 @@ class DequantizerWriter:
     model: Model
     _shared: dict[object, Value] = field(default_factory=dict)
 
-    def fixed(self, wish: str, numbers: NDArray[np.generic], kind: DataType | None = None) -> Value:
+    def fixed(self, wish: str, numbers: NDArray[np.generic]) -> Value:
         """A scale, zero point or limit. Equal ones are shared: zero points alone would be a tenth of a small file."""
-        key = (numbers.dtype.str, kind, numbers.shape, numbers.tobytes())
+        key = (numbers.dtype.str, numbers.shape, numbers.tobytes())
         if key not in self._shared:
-            self._shared[key] = self.model.constant(wish, numbers, kind)
+            self._shared[key] = self.model.constant(wish, numbers)
         return self._shared[key]
 
-    def grid(self, chosen: QuantParams, kind: DataType | None = None) -> tuple[Value, Value]:
-        """Scale and zero point of a quantizer. kind: the type of the codes where numpy has none."""
-        return self.fixed("scale", chosen.scale), self.fixed("zero_point", chosen.zero_point, kind)
+    def grid(self, chosen: QuantParams) -> tuple[Value, Value]:
+        """Scale and zero point of a quantizer."""
+        return self.fixed("scale", chosen.scale), self.fixed("zero_point", chosen.zero_point)
 
-    def dequantizer(
-        self, codes: Value, params: QuantParams, name: str, like: Value, kind: DataType | None = None
-    ) -> Node:
-        """A DequantizeLinear that is not in the graph yet; `kind` is the type of the codes where numpy has none."""
+    def dequantizer(self, codes: Value, params: QuantParams, name: str, like: Value) -> Node:
+        """A DequantizeLinear that is not in the graph yet."""
         attributes = axis_attribute(params)
-        inputs = [codes, *self.grid(params, kind)]
+        inputs = [codes, *self.grid(params)]
         wish = f"{name}_dq"
         node = self.model.build("DequantizeLinear", inputs, name=wish, output=wish, attributes=attributes, like=like)
         node.outputs[0].dtype = DataType.FLOAT

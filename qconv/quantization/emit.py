@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qconv.config.choices import PACKED_BITS
 from qconv.errors import Change, Finding
 from qconv.ir.model import (
     DataType,
@@ -45,12 +44,12 @@ FUSIBLE_RULES = (WeightedRule, ComputingRule)
 """Rules of the operators that have integer kernels in ONNX Runtime whose results differ from those of float."""
 
 
-def emit(model: Model, plan: Plan, params: Params, *, pack: bool) -> list[Finding]:
-    """Rewrite `model` in place into its quantized form. pack: weight codes of 4 bits or fewer are stored as int4."""
+def emit(model: Model, plan: Plan, params: Params) -> list[Finding]:
+    """Rewrite `model` in place into its quantized form."""
     writer = _QdqWriter(model, plan, params)
     constants = ConstantWriter(writer.made, plan)
     for layer in params.layers:
-        constants.layer(layer, pack=pack and layer.weight.spec.bits <= PACKED_BITS)
+        constants.layer(layer)
     for value, chosen in params.constants.items():
         constants.operand(value, chosen)
     for value in list(model.graph.inputs):

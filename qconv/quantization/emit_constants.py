@@ -53,12 +53,12 @@ class ConstantWriter:
         for node, index in uses:
             self.model.set_input(node, index, self._shared[key])
 
-    def layer(self, chosen: LayerParams, *, pack: bool) -> None:
+    def layer(self, chosen: LayerParams) -> None:
         """Quantized weights, and the int32 bias, of one layer."""
         node = chosen.layer.node
         weight, bias = node.inputs[1], input_of(node, 2)
         assert weight is not None
-        self.model.set_input(node, 1, self._weight(chosen, weight, pack=pack))
+        self.model.set_input(node, 1, self._weight(chosen, weight))
         if chosen.bias is None or (bias is not None and chosen.bias is constant_array(bias)):
             return  # nothing to add, or the float model's own bias
         name = (bias.name or "") if bias is not None and len(bias.uses()) == 1 else f"{node.name}_bias"
@@ -70,19 +70,18 @@ class ConstantWriter:
         self.model.insert_first(dequantizer)
         self.model.set_input(node, 2, dequantizer.outputs[0])
 
-    def _weight(self, chosen: LayerParams, weight: Value, *, pack: bool) -> Value:
+    def _weight(self, chosen: LayerParams, weight: Value) -> Value:
         params, numbers = chosen.stored
         digest = hashlib.blake2b(np.ascontiguousarray(numbers).tobytes()).digest()
         key = (weight, params.spec, params.scale.tobytes(), params.zero_point.tobytes(), digest)
         if key in self._shared:
             return self._shared[key]
-        kind = DataType.INT4 if pack else None
         name = weight.name or ""
-        codes = self.model.constant(f"{name}_codes", numbers, kind)
+        codes = self.model.constant(f"{name}_codes", numbers)
         if chosen.layer.at_load:
             self._shared[key] = self._computed(codes, params, name, weight)
             return self._shared[key]
-        dequantizer = self.made.dequantizer(codes, params, name, weight, kind)
+        dequantizer = self.made.dequantizer(codes, params, name, weight)
         self.model.insert_first(dequantizer)
         result = dequantizer.outputs[0]
         stored = constant_array(weight)

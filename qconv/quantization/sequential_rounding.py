@@ -240,7 +240,7 @@ def copy_with_float_weights(
     own = replan(plan, copy)
     nodes = {layer.node.name or "": layer.node for layer in own.layers}
     if quantizers:
-        emit(copy, own, carry_over_params(replace(params, layers=[]), own), pack=False)
+        emit(copy, own, carry_over_params(replace(params, layers=[]), own))
     return copy, nodes
 
 

@@ -89,7 +89,7 @@ def build_quantized_model(folded: FoldedNetwork, recipe: Recipe, params: Params)
     """Build the quantized model with these parameters."""
     model = folded.model.copy()
     plan = replan(folded.plan, model, recipe=recipe)
-    emit(model, plan, carry_over_params(params, plan), pack=recipe.pack)
+    emit(model, plan, carry_over_params(params, plan))
     compress_constants(model)
     set_ir_version(model)
     return model

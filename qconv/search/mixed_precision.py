@@ -20,7 +20,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qconv.config.choices import PACKED_BITS, Drop
+from qconv.config.choices import Drop
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.loader import Batch, count_images
@@ -89,11 +89,11 @@ def predict_recipe(model: Model, recipe: Recipe, floats: Mapping[str, str]) -> R
 
 
 def _make_uniform_recipe(recipe: Recipe, bits: int) -> Recipe:
-    """The recipe with these bits for all layers, and no search; packed where they can be."""
+    """The recipe with these bits for all layers, and no search."""
     return replace(
         recipe,
         weight_bits=bits,
-        pack=recipe.pack and bits <= PACKED_BITS,
+        pack=False,
         max_drop=None,
         target_size=None,
         candidate_bits=None,

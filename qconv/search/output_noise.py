@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qconv.config.choices import PACKED_BITS
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir.judged_tensors import find_judged_tensors
@@ -55,8 +54,7 @@ def with_fine_weights(recipe: Recipe) -> Recipe:
     if fine not in TARGETS[recipe.target].weight_bits:
         fine = recipe.weight_bits
     allocation = "activations" if recipe.allocates_activations else "none"
-    pack = recipe.pack and fine <= PACKED_BITS
-    return replace(recipe, weight_bits=fine, layer_bits=tuple(own), pack=pack, bit_allocation=allocation)
+    return replace(recipe, weight_bits=fine, layer_bits=tuple(own), pack=False, bit_allocation=allocation)
 
 
 def noise_change_db(before: float, after: float) -> float:

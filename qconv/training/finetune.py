@@ -21,6 +21,7 @@ import torch
 
 from qconv import storage
 from qconv.auditing.audit import audit_file
+from qconv.config.choices import COMMON_RUNTIME
 from qconv.config.serialization import recipe_from_dict
 from qconv.config.targets import TARGETS
 from qconv.data.dataset import LabelOptions, find_classes, labels_of
@@ -30,6 +31,7 @@ from qconv.ir import files, load
 from qconv.ir.files import Source, external_data_files, file_bytes, find_teacher, hash_model, is_quantized, read_proto
 from qconv.ir.metadata import read_recipe, write_finetuning
 from qconv.ir.model import Model
+from qconv.ir.packed_codes import pack_codes, unpack_codes
 from qconv.metrics.comparison import ComparisonAccumulator
 from qconv.metrics.demands import check_gates, demands_outputs, require_boxes, require_extras, require_measures
 from qconv.metrics.network_outputs import describe_outputs
@@ -127,6 +129,7 @@ class _TrainingSetup:
 
     Attributes:
         model: The quantized model, trained in place.
+        packed: Whether its codes were packed, which are unpacked here.
         distillation: Student, teacher and images in PyTorch.
         teacher: The float model in ONNX Runtime.
         threads: Of ONNX Runtime and PyTorch; None for all cores.
@@ -136,6 +139,7 @@ class _TrainingSetup:
     """
 
     model: Model
+    packed: bool
     distillation: Distillation
     teacher: Session
     threads: int | None
@@ -159,7 +163,7 @@ class _TrainingSetup:
         if demands_outputs(request):  # what is not there is better said before the work
             _require_measures(own.session.outputs, other, request)
         model, (floats, _) = load.load_unchanged(read_proto(source), source), load.load(read_proto(teacher), teacher)
-        recipe = recipe_from_dict(read_recipe(model.inner.metadata_props))
+        recipe, packed = recipe_from_dict(read_recipe(model.inner.metadata_props)), bool(unpack_codes(model))
         learned = LearnedParameters(find_sites(model, recipe), device)
         networks = TorchNetwork(model, device), TorchNetwork(floats, device)
         words, fixed = other.words, other.feed.inputs[0].shape[0]
@@ -170,7 +174,7 @@ class _TrainingSetup:
         distillation = Distillation.of(*networks, learned, inputs, taught, held, fixed, outputs)
         distillation = _add_labels(distillation, dataset, request)
         on_ort = recipe is None or TARGETS[recipe.target].on_ort
-        return cls(model, distillation, other.session, request.threads, on_ort, device, words)
+        return cls(model, packed, distillation, other.session, request.threads, on_ort, device, words)
 
     def judged(self, model: str | bytes) -> ValidationResult:
         """Score a file on the held-out images with ONNX Runtime."""
@@ -202,6 +206,9 @@ def _write_better(setup: _TrainingSetup, source: Source, out: Path, found: Finet
     setup.distillation.learned.write(setup.model)
     told = {**found.request.as_dict(), "pictures": found.taught, "step": best_step}
     write_finetuning(setup.model, told)
+    if setup.packed:
+        recipe = recipe_from_dict(read_recipe(setup.model.inner.metadata_props))
+        pack_codes(setup.model, COMMON_RUNTIME if recipe is None else recipe.oldest_runtime)
     with files.stage_model(setup.model, out) as staged:
         if best_step:
             files.check_staged_model(staged)

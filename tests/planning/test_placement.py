@@ -119,7 +119,7 @@ def test_weights_of_a_float_layer_are_computed_when_the_file_is_loaded() -> None
     model = loaded(proto)
     plan = make_plan(model, Recipe(), TARGETS["ort-cpu"], dict.fromkeys("abcefy", "told so"))
     params, _ = choose_params(plan, {}, Recipe())
-    emit(model, plan, params, pack=False)
+    emit(model, plan, params)
     feeds = random_feeds(proto)
     got, want = (run(made, feeds)["y"] for made in (model, proto))
     assert 10 * np.log10(np.sum(want**2) / np.sum((got - want) ** 2)) > 35
@@ -144,7 +144,7 @@ def test_weights_alone_are_computed_when_the_file_is_loaded(recipe: Recipe) -> N
         model = loaded(proto)
         plan = make_plan(model, recipe, target)
         params, _ = choose_params(plan, {}, recipe)
-        emit(model, plan, params, pack=False)
+        emit(model, plan, params)
         assert op_type in {node.op_type for node in model.nodes()}
         feeds = random_feeds(proto)
         results.append(run(model, feeds)["y"])

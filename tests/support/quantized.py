@@ -25,6 +25,7 @@ from qconv.config.targets import TARGETS
 from qconv.errors import Finding
 from qconv.ir import load, metadata
 from qconv.ir.files import Source, declared_opset
+from qconv.ir.packed_codes import pack_codes
 from qconv.passes import fold
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.requantize import convert_between_widths
@@ -123,11 +124,14 @@ class Quantized:
         self.params: Params
         self.findings: list[Finding]
         self.params, self.findings = choose_params(self.plan, sketches, recipe)
-        self.findings += emit(model, self.plan, self.params, pack=recipe.pack)
+        self.findings += emit(model, self.plan, self.params)
         self.findings += compress_constants(model)
         metadata.write_metadata(model, "0", recipe.as_dict(DataOptions()), None)
         self.model = model
-        self.proto: onnx.ModelProto = model.proto()
+        written = model.copy()
+        if recipe.pack:
+            pack_codes(written, recipe.oldest_runtime)
+        self.proto: onnx.ModelProto = written.proto()
         onnx.checker.check_model(self.proto, full_check=True)
 
     @property
