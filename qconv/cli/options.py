@@ -309,6 +309,12 @@ quantize_options = combine_options(
         f"[default: {'.'.join(map(str, COMMON_RUNTIME))} for --pack]",
     ),
     click.option(
+        "--allow-matmul-nbits/--no-allow-matmul-nbits",
+        default=False,
+        help="With --activation-bits 32: let ONNX Runtime make MatMulNBits of MatMul and Gemm, which also rounds what "
+        "they read; else such weights are exact.",
+    ),
+    click.option(
         "--calibrator",
         type=click.Choice(CALIBRATOR_NAMES),
         help="How activations get ranges.  [default: output-mse, but minmax for --calib none]",

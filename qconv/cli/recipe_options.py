@@ -28,6 +28,7 @@ from qconv.errors import QconvError
 
 SAME_NAMED_FIELDS = (
     ("calib", "fallback", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack", "needs")
+    + ("allow_matmul_nbits",)
     + ("max_drop", "target_size", "candidate_bits", "candidate_activation_bits", "save_layer_bits")
     + ("effort", "rounding")
     + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")

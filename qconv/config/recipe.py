@@ -93,7 +93,8 @@ class Recipe:
     times that are measured on this machine, see `tune`. embed_preprocessing: the layout of the uint8 pixels that the
     result takes and normalises by itself; None: it takes what the float network takes. pack: store codes of up to
     7 bits at their bits, see `packed_codes`. needs: the ONNX Runtime that the result has to run in, as 1.23; None for
-    any. data_free: no picture is looked at, BatchNormalization tells what tensors are like, see `told`. fallback: made-up
+    any. allow_matmul_nbits: let ONNX Runtime round what a MatMul reads whose weights alone are quantized.
+    data_free: no picture is looked at, BatchNormalization tells what tensors are like, see `told`. fallback: made-up
     pictures that are watched for what it does not tell, "random" ones; None: that is an error.
     Raises QconvError for values that do not go together.
     """
@@ -112,6 +113,7 @@ class Recipe:
     candidate_activation_bits: tuple[int, ...] | None = None
     pack: bool = False
     needs: str | None = None
+    allow_matmul_nbits: bool = False
     calibrator: str = ""
     percentile: float | None = None
     weight_calibrator: str = "max"

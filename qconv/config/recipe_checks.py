@@ -125,7 +125,11 @@ def require_measured(recipe: Recipe, told: str) -> None:
 def check_weights_alone(recipe: Recipe) -> None:
     """Options for activations mislead where these stay float."""
     if recipe.activation_bits != 32:
+        fact = f"--allow-matmul-nbits with --activation-bits {recipe.activation_bits}"
+        require(not recipe.allow_matmul_nbits, fact, "leave one of them out: it is for weights alone.")
         return
+    on_ort = TARGETS[recipe.target].on_ort or not recipe.allow_matmul_nbits
+    require(on_ort, f"--allow-matmul-nbits with --target {recipe.target}", "leave it out: it is for ONNX Runtime.")
     hint = "leave one of them out: with 32 activations stay float."
     usual = recipe.calibrator in ("", FEW_BITS_CALIBRATOR)
     require(usual, f"--calibrator {recipe.calibrator} with --activation-bits 32", hint)

@@ -344,7 +344,9 @@ class _StoredParts:
             if found is None:
                 return None
             inputs.append(found)
-        return _EVALUATED[node.op_type](node, *inputs)
+        if node.op_type == "Cast" and attribute(node, "to") not in _NUMPY_TYPES:
+            return None
+        return np.asarray(_EVALUATED[node.op_type](node, *inputs))
 
     def packing(self, count: int) -> PackedCodes:
         """How so many codes are stored."""
@@ -353,15 +355,22 @@ class _StoredParts:
         return PackedCodes(int(8 * codes / count + 0.5), codes, added)
 
 
+_NUMPY_TYPES: dict[DataType, type[np.generic]] = {
+    DataType.INT8: np.int8,
+    DataType.UINT8: np.uint8,
+    DataType.INT32: np.int32,
+}
+
+
 def _cast(node: Node, x: NDArray[Any]) -> NDArray[Any]:
-    return np.asarray(x).astype(np.dtype(DataType(attribute(node, "to")).numpy()))
+    return np.asarray(x, _NUMPY_TYPES[DataType(attribute(node, "to"))])
 
 
 def _shift(node: Node, x: NDArray[Any], by: NDArray[Any]) -> NDArray[Any]:
     return np.left_shift(x, by) if attribute(node, "direction") == "LEFT" else np.right_shift(x, by)
 
 
-_EVALUATED: dict[str, Callable[..., NDArray[Any]]] = {
+_EVALUATED: dict[str, Callable[..., Any]] = {
     "Cast": _cast,
     "BitShift": _shift,
     "Reshape": lambda node, x, shape: x.reshape(shape),

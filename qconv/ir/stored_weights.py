@@ -1,7 +1,8 @@
 """Finds where a layer's weights are stored in a quantized file, by whatever tool it was made.
 
 Q/DQ         integers -> DequantizeLinear [-> Reshape, Transpose ...] -> layer
-by qconv     integers -> Cast [-> Sub zero] -> Mul scale -> layer   (runs in float; the runtime computes it at load)
+by qconv     integers -> Cast [-> Reshape] [-> Sub zero] -> Mul scale [-> Reshape] -> layer   (runs in float; the
+             runtime computes it at load)
 not folded   floats -> QuantizeLinear -> DequantizeLinear -> layer  (the file holds float weights)
 QOperator, dynamic     integers, scale and zero point are inputs of the layer itself
 """
@@ -44,6 +45,14 @@ class Dequantizer:
         """What it reads beside the codes."""
         return [self.scale] if self.zero is None else [self.scale, self.zero]
 
+    @property
+    def scale_reader(self) -> Node:
+        """The node that reads the scale: its own, or the Unsqueeze in front of it."""
+        if any(value is self.scale for value in self.node.inputs):
+            return self.node
+        makers = (value.producer() for value in self.node.inputs if value is not None)
+        return next(node for node in makers if node is not None and at(node, 0) is self.scale)
+
     def broadcast(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """Scale and zero point, to be broadcast to codes of this shape; None where they are no constants."""
         scale, zero = constant_numbers(self.scale), constant_numbers(self.zero)
@@ -69,7 +78,8 @@ class Dequantizer:
 def read_dequantizer(value: Value | None) -> Dequantizer | None:
     """What makes a tensor of integers; None for all other tensors.
 
-    It is a DequantizeLinear, or Cast [-> Sub] -> Mul of constants, as qconv writes weights of layers that run in float.
+    It is a DequantizeLinear, or Cast [-> Reshape] [-> Sub] -> Mul of constants, as qconv writes weights of layers that
+    run in float.
     """
     node = None if value is None else value.producer()
     if node is None or node.op_type not in ("DequantizeLinear", "Mul"):
@@ -83,23 +93,40 @@ def read_dequantizer(value: Value | None) -> Dequantizer | None:
 
 
 def _read_cast_sub_mul(node: Node) -> Dequantizer | None:
-    scale = next((value for value in node.inputs if constant_value(value) is not None), None)
+    scale = next((value for value in node.inputs if _stored_part(value) is not None), None)
     value = next((value for value in node.inputs if value is not scale), None)
     before = None if value is None else value.producer()
     zero = None
     if before is not None and before.op_type == "Sub":
         zero, value = at(before, 1), at(before, 0)
         before = None if value is None else value.producer()
+    blocks = None
+    if before is not None and before.op_type == "Reshape":
+        blocks, value = constant_numbers(at(before, 1)), at(before, 0)
+        before = None if value is None else value.producer()
     codes = at(before, 0) if before is not None and before.op_type == "Cast" else None
     stored = constant_value(codes)
-    numbers = None if stored is None else constant_numbers(scale)
-    if codes is None or scale is None or numbers is None:
+    scale, zero = _stored_part(scale), _stored_part(zero)
+    numbers = constant_numbers(scale)
+    if codes is None or stored is None or scale is None or numbers is None:
         return None
-    shape = (1,) * (len(stored.shape) - numbers.ndim) + numbers.shape
+    sizes = tuple(map(int, stored.shape))
+    if blocks is not None:
+        axis = next((i for i, size in enumerate(sizes) if i >= blocks.size or blocks[i] != size), 0)
+        return Dequantizer(node, codes, scale, zero, axis, int(blocks[axis + 1]), at_load=True)
+    shape = (1,) * (len(sizes) - numbers.ndim) + numbers.shape
     several = [axis for axis, size in enumerate(shape) if size > 1]
     if len(several) > 1:
         return None
     return Dequantizer(node, codes, scale, zero, several[0] if several else 0, at_load=True)
+
+
+def _stored_part(value: Value | None) -> Value | None:
+    """A constant, through the Unsqueeze that those of blocks have behind them; None for everything else."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type == "Unsqueeze":
+        value = at(node, 0)
+    return value if constant_value(value) is not None else None
 
 
 def read_weight_dequantizer(layer: Node) -> Dequantizer | None:
@@ -311,8 +338,9 @@ def _dequantized_weights(made: Dequantizer, reshaped: NDArray[Any] | None, axis:
         return None
     found.dequantizer, found.others = made, made.others
     found.scale, found.zero = constant_numbers(made.scale), constant_numbers(made.zero)
-    found.axis, found.block = axis if made.at_load else made.axis, made.block
-    if reshaped is not None and not made.at_load:
+    whole = made.at_load and not made.block
+    found.axis, found.block = axis if whole else made.axis, made.block
+    if reshaped is not None and not whole:
         found.shape = tuple(map(int, reshaped))
         if found.block and len(found.shape) > 2 and found.block % int(np.prod(found.shape[2:])) == 0:
             found.block //= int(np.prod(found.shape[2:]))  # kernels of whole input channels, flattened

@@ -10,13 +10,14 @@ import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from qconv.ir.model import DataType, Model, Value, constant_array, input_of, rank
+from qconv.ir.model import DataType, Model, Node, Value, constant_array, dims, input_of
 from qconv.ir.operators import QUANTIZATION_RULES
 from qconv.planning.plan import Plan, data_positions
 from qconv.quantization.dequantizers import DequantizerWriter
 from qconv.quantization.layer import LayerParams
-from qconv.quantizer import PerChannel, QuantParams
+from qconv.quantizer import PerBlock, PerChannel, QuantParams
 
 
 @dataclass(slots=True)
@@ -79,34 +80,59 @@ class ConstantWriter:
         name = weight.name or ""
         codes = self.model.constant(f"{name}_codes", numbers)
         if chosen.layer.at_load:
-            self._shared[key] = self._computed(codes, params, name, weight)
-            return self._shared[key]
-        dequantizer = self.made.dequantizer(codes, params, name, weight)
-        self.model.insert_first(dequantizer)
-        result = dequantizer.outputs[0]
-        stored = constant_array(weight)
-        if stored is not None and chosen.layer.blocked and chosen.layer.node.op_type != "Gemm":
-            # kernels of blocks were flattened; in between, Reshape keeps the optimizer from taking blocks for channels
-            shape = self.made.fixed("shape", np.asarray(stored.shape, np.int64))
-            reshape = self.model.build("Reshape", [result, shape], name=f"{name}_reshaped", like=weight)
-            self.model.insert_after(dequantizer, reshape)
-            result = reshape.outputs[0]
+            result = self._computed(codes, params, name)
+        else:
+            dequantizer = self.made.dequantizer(codes, params, name, weight)
+            self.model.insert_first(dequantizer)
+            result = dequantizer.outputs[0]
+        if chosen.layer.blocked and (chosen.layer.at_load or chosen.layer.node.op_type != "Gemm"):
+            result = self._in_shape_of(weight, result)
         self._shared[key] = result
         return result
 
-    def _computed(self, codes: Value, params: QuantParams, name: str, like: Value) -> Value:
+    def _in_shape_of(self, weight: Value, result: Value) -> Value:
+        """Kernels of blocks were flattened; in between, Reshape keeps the optimizer from taking blocks for channels."""
+        stored, maker = constant_array(weight), result.producer()
+        assert stored is not None
+        assert maker is not None
+        shape = self.made.fixed("shape", np.asarray(stored.shape, np.int64))
+        reshape = self.model.build("Reshape", [result, shape], name=f"{weight.name}_reshaped", like=weight)
+        self.model.insert_after(maker, reshape)
+        return reshape.outputs[0]
+
+    def _computed(self, codes: Value, params: QuantParams, name: str) -> Value:
         """(codes - zero) * scale by operators that ONNX Runtime folds; a DequantizeLinear would run every time."""
-        axes = [1] * (rank(like) or 1)
-        if isinstance(params.spec.granularity, PerChannel):
-            axes[params.spec.granularity.axis] = -1
         to_float = {"to": int(DataType.FLOAT)}
-        steps = [
-            self.model.build("Cast", [codes], name=f"{name}_cast", attributes=to_float, like=like, dtype=DataType.FLOAT)
-        ]
+        steps = [self.model.build("Cast", [codes], name=f"{name}_cast", attributes=to_float, dtype=DataType.FLOAT)]
+        spread: list[Node] = []
+        parts = {"Mul": params.scale}
         if params.zero_point.any():
-            zero = self.made.fixed("zero", params.zero_point.astype(np.float32).reshape(axes))
-            steps.append(self.model.build("Sub", [steps[-1].outputs[0], zero], name=f"{name}_shifted", like=like))
-        scale = self.made.fixed("scale", params.scale.reshape(axes))
-        steps.append(self.model.build("Mul", [steps[-1].outputs[0], scale], name=f"{name}_scaled", like=like))
-        self.model.insert_first(*steps)
+            parts = {"Sub": params.zero_point.astype(np.float32), **parts}
+        if isinstance(params.spec.granularity, PerBlock):
+            steps.append(self._cut_into_blocks(steps[0].outputs[0], codes, params, name))
+        for op_type, numbers in parts.items():
+            part = self._part(numbers, params, len(dims(codes) or ()), spread)
+            steps.append(self.model.build(op_type, [steps[-1].outputs[0], part], name=f"{name}_{op_type}"))
+        self.model.insert_first(*spread, *steps)
         return steps[-1].outputs[0]
+
+    def _cut_into_blocks(self, value: Value, codes: Value, params: QuantParams, name: str) -> Node:
+        assert isinstance(params.spec.granularity, PerBlock)
+        axis, sizes = params.spec.granularity.axis, [int(size or 0) for size in dims(codes) or ()]
+        count = params.scale.shape[axis]
+        sizes[axis : axis + 1] = count, sizes[axis] // count
+        shape = self.made.fixed("blocks", np.asarray(sizes, np.int64))
+        return self.model.build("Reshape", [value, shape], name=f"{name}_blocks")
+
+    def _part(self, numbers: NDArray[np.generic], params: QuantParams, axes: int, spread: list[Node]) -> Value:
+        """A scale or zero point, to be broadcast to weights. spread: gets the node that does so for blocks."""
+        match params.spec.granularity:
+            case PerChannel(axis):
+                return self.made.fixed("scale", numbers.reshape([-1 if i == axis else 1 for i in range(axes)]))
+            case PerBlock(axis, _):
+                behind = self.made.fixed("axis", np.array([axis + 1]))
+                stored = self.made.fixed("scale", numbers)
+                spread.append(self.model.build("Unsqueeze", [stored, behind], name=f"{stored.name}_spread"))
+                return spread[-1].outputs[0]
+            case _:
+                return self.made.fixed("scale", numbers.reshape([1] * axes))

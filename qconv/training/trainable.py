@@ -185,9 +185,11 @@ def _find_weight_sites(model: Model, recipe: Recipe | None) -> Iterator[WeightSi
         made = stored.dequantizer
         assert numbers is not None
         assert made is not None
-        index = next(i for i, v in enumerate(made.node.inputs) if v is made.scale)
-        scale = _make_own_scale(model, (made.node,), index)
-        axis, block = stored.axis if made.at_load else made.axis % max(numbers.ndim, 1), made.block
+        reader = made.scale_reader
+        index = next(i for i, v in enumerate(reader.inputs) if v is made.scale)
+        scale = _make_own_scale(model, (reader,), index)
+        by_channel = made.at_load and not made.block
+        axis, block = stored.axis if by_channel else made.axis % max(numbers.ndim, 1), made.block
         whole = numbers.astype(np.int64)
         zero = broadcast_parameter(np.zeros(()) if stored.zero is None else stored.zero, whole.shape, axis, block)
         bits = weight_bits_of(node, stored, recipe)
