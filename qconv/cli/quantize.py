@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv.cli.command import CommandFiles, CommandResult, OutputOptions, print_to, require_names, run_command
-from qconv.cli.options import HELP_WIDTH, quantize_options, require_output
+from qconv.cli.options import HELP_WIDTH, require_output
+from qconv.cli.quantize_options import quantize_options
 from qconv.cli.recipe_file import NOT_IN_RECIPES, GivenOptions, RecipeTable, SavedRecipe, given_options
 from qconv.cli.recipe_options import PREPROCESSING_OPTIONS, quantize_parameters, require_images
 from qconv.config.choices import GATE_OPTIONS, option_name

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from qconv.cli.options import quantize_options
+from qconv.cli.quantize_options import quantize_options
 from qconv.config.choices import BLOCK_SIZE, GATE_OPTIONS, NAMED_RECIPES, NO_IMAGES, WeightGranularity
 from qconv.config.data_options import (
     LABEL_OPTIONS,

@@ -123,8 +123,8 @@ def pack_codes(model: Model, runtime: tuple[int, int]) -> dict[str, int]:
         packing = _choose_packing(numbers, found.axis)
         steps = _Unpacking(model, runtime, numbers.shape)
         if packing.bits <= PACKED_BITS and steps.saving(packing) > 0:
-            steps.write(found.codes, packing)
             packed[found.codes.name or ""] = packing.bits
+            steps.write(found.codes, packing)
     if packed:
         _compute_bias_scales(model)
     return packed
@@ -362,7 +362,7 @@ _NUMPY_TYPES: dict[DataType, type[np.generic]] = {
 }
 
 
-def _cast(node: Node, x: NDArray[Any]) -> NDArray[Any]:
+def _cast(node: Node, x: NDArray[Any]) -> Any:
     return np.asarray(x, _NUMPY_TYPES[DataType(attribute(node, "to"))])
 
 

@@ -22,11 +22,12 @@ from qconv.config.choices import option_name
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
 from qconv.data.loader import DataLoader
-from qconv.errors import QconvError, Skipped, format_some
+from qconv.errors import Finding, QconvError, Skipped, format_some
 from qconv.ir import files
 from qconv.ir.data_shapes import find_data_dependent
 from qconv.ir.files import Source
 from qconv.ir.model import Model, dims
+from qconv.ir.packed_codes import NOTHING_TO_PACK, describe_packing, pack_codes
 from qconv.metrics.comparison import verify
 from qconv.pipeline.collect import CalibrationData
 from qconv.planning.plan import Plan
@@ -72,6 +73,17 @@ def warn_of_vain_keep_float(plan: Plan, audited: Audit, reporter: Reporter) -> N
     if vain:
         named = format_some(vain, 1)
         reporter.warn(f"--keep-float changes nothing for {named}: it runs as its neighbours do, or not at all.")
+
+
+def pack_written(model: Model, recipe: Recipe, reporter: Reporter) -> tuple[Model, list[Finding]]:
+    """A quantized network as it is written: itself, or a copy with packed codes, which nothing else here reads."""
+    if not recipe.pack:
+        return model, []
+    written = model.copy()
+    packed = pack_codes(written, recipe.oldest_runtime)
+    if not packed:
+        reporter.warn(f"--pack changes nothing: {NOTHING_TO_PACK}.")
+    return written, describe_packing(packed)
 
 
 def warn_of_uncorrected_biases(solution: QuantizationSolution, recipe: Recipe, reporter: Reporter) -> None:

@@ -28,9 +28,9 @@ from qconv.ir.files import (
     read_proto,
     refuse_quantized,
 )
-from qconv.ir.metadata import check_needs, needed_opset
 from qconv.ir.model import Model
 from qconv.ir.output_shapes import doubtful_outputs, settle_shapes
+from qconv.ir.requirements import check_needs, needed_opset
 from qconv.metrics.by_labels import open_data_labels
 from qconv.metrics.demands import (
     demands_outputs,

@@ -22,10 +22,10 @@ from qconv.errors import Change, Finding, Skipped, require_torch
 from qconv.ir import files
 from qconv.ir.chance import describe_random_nodes
 from qconv.ir.files import Source
-from qconv.ir.metadata import needed_runtime, write_metadata
+from qconv.ir.metadata import write_metadata
 from qconv.ir.model import Model
 from qconv.ir.original import open_original
-from qconv.ir.packed_codes import NOTHING_TO_PACK, describe_packing, pack_codes
+from qconv.ir.requirements import needed_runtime
 from qconv.metrics.comparison import describe_differing_runs
 from qconv.metrics.demands import check_gates, require_extras
 from qconv.metrics.labelled import tell_of_misfit
@@ -38,6 +38,7 @@ from qconv.pipeline.checks import (
     audit_staged,
     find_odd_tensors,
     find_tensors_of_pictures,
+    pack_written,
     places_of,
     verify_staged,
     warn_of_all_float,
@@ -118,7 +119,9 @@ def quantize(
     run.tune_ranges()
     solution, mixed = run.choose_numbers()
     rows = run.emit(solution)
-    written = run.pack()
+    with run.clock.step("emit"):
+        written, packed = pack_written(run.model, run.recipe, run.reporter)
+    run.findings += packed
     with files.stage_model(written, place) as staged:
         checked, audited = run.check(staged, solution.plan)
         size, result = staged.size, staged.path.read_bytes() if place is None else None
@@ -363,18 +366,6 @@ class _QuantizationRun:
         fixed = next((spec.shape[0] for spec in feed.inputs if spec.shape and spec.shape[0]), None)
         feeds, seed = feed.take(MOST_IMAGES, "read again"), self.pictures.data.seed
         return reconstruct_blocks(self.model, before, self.recipe, feeds, fixed, seed, self.reporter)
-
-    def pack(self) -> Model:
-        """The quantized network as it is written: itself, or with packed codes, which nothing here reads."""
-        if not self.recipe.pack:
-            return self.model
-        with self.clock.step("emit"):
-            written = self.model.copy()
-            packed = pack_codes(written, self.recipe.oldest_runtime)
-        self.findings += describe_packing(packed)
-        if not packed:
-            self.reporter.warn(f"--pack changes nothing: {NOTHING_TO_PACK}.")
-        return written
 
     def check(self, staged: files.StagedModel, plan: Plan) -> tuple[Verification, Audit]:
         """Run the written file and read what the runtime makes of it, before it gets its name. Warn of what is odd."""

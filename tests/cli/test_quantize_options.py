@@ -24,7 +24,7 @@ from tests.support.libraries import MOVES_CODES, needs
         ("--activation-bits 9", "2 to 8"),
         ("--edge-bits 1", "2 to 8"),
         ("--edge-bits 32", "2 to 8"),
-        ("--pack", "4 or fewer"),
+        ("--pack", "7 or fewer"),
         ("--min-agreement 1.01", "0 to 1"),
         ("--min-sqnr nan", "dB"),
         ("--samples 0", "samples"),

@@ -24,7 +24,7 @@ from qconv.config.data_options import (
 from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
 from qconv.config.serialization import command_line_options, recipe_from_dict, recipe_lines
 from qconv.errors import QconvError
-from qconv.ir.metadata import needed_opset
+from qconv.ir.requirements import needed_opset
 
 NAN, INF = float("nan"), float("inf")
 
@@ -45,8 +45,13 @@ NAN, INF = float("nan"), float("inf")
         ({"target": "abacus"}, "--target abacus", "ort-cpu"),
         ({"seed": -1}, "--seed -1", "0 or more"),
         ({"threads": 0}, "--threads 0", "1 to 1024"),
-        ({"pack": True}, "--pack with 8-bit weights", "--weight-bits 4"),
-        ({"pack": True, "weight_bits": 5}, "--pack with 5-bit weights", "--weight-bits 4"),
+        ({"pack": True}, "--pack with 8-bit weights", "--weight-bits 7"),
+        ({"allow_matmul_nbits": True}, "--allow-matmul-nbits with --activation-bits 8", "weights alone"),
+        (
+            {"allow_matmul_nbits": True, "activation_bits": 32, "target": "openvino"},
+            "--allow-matmul-nbits with --target openvino",
+            "for ONNX Runtime",
+        ),
         ({"stats": "s.npz", "batch": 4}, "--batch with --stats alone", "leave it out"),
         ({"stats": "s.npz", "effort": "best", "rounding": "nearest"}, "--effort best with nearest", "with --calib"),
         ({"min_agreement": 1.01}, "--min-agreement 1.01", "0 to 1"),
@@ -452,7 +457,7 @@ def test_candidates_for_activations_that_cannot_be(
         ({"stats": "s.npz"}, "with --stats", "leave one of them out"),
         ({"tune_ranges": False}, "without --tune-ranges", "pass --tune-ranges as well"),
         ({"calibrator": "minmax"}, "without --tune-ranges", "pass --tune-ranges as well"),
-        ({"weight_bits": 4, "pack": True}, "where layers do not run in integers", "neither packed nor"),
+        ({"weight_granularity": "per-block"}, "where layers do not run in integers", "not in blocks"),
     ],
 )
 def test_a_budget_that_nothing_is_spent_of_is_refused_by_its_cause(

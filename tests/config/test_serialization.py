@@ -206,17 +206,14 @@ def test_codes_keep_to_the_bits_of_their_layer() -> None:
     result.check(least=8.0)
 
 
-def test_weights_of_16_bits_and_packed_ones_beside_others() -> None:
+def test_weights_of_16_bits_beside_others() -> None:
     wide = quantized(NET, layer_bits=(("d", LayerBits(16, 16)),)).check()
     assert wide.proto.opset_import[0].version == 21
-    packed = quantized(NET, pack=True, layer_bits=(("d", LayerBits(4)),))
-    kinds = {t.name: t.data_type for t in packed.proto.graph.initializer if t.name.endswith("_codes")}
-    assert [name for name, kind in kinds.items() if kind == onnx.TensorProto.INT4] == ["w2_codes"]
 
 
 def test_nothing_to_pack_is_refused() -> None:
     with pytest.raises(QconvError, match="--pack"):
-        Recipe(pack=True, layer_bits=(("d", LayerBits(5)),))
+        Recipe(pack=True, layer_bits=(("d", LayerBits(8)),))
 
 
 def test_the_file_carries_the_assignment(tmp_path: Path) -> None:

@@ -13,13 +13,12 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.metadata import (
     EQUALIZATION_KEY,
-    needed_opset,
-    needed_runtime,
     read_equalization,
     round_log_scale,
     write_equalization,
     write_metadata,
 )
+from qconv.ir.requirements import needed_opset, needed_runtime
 from tests.support.models import loaded, network
 
 

@@ -203,7 +203,7 @@ def test_between_channels_the_table_is_interpolated() -> None:
     [
         (Recipe(), True),
         (Recipe(weight_bits=4), True),
-        (Recipe(weight_bits=4, pack=True), False),
+        (Recipe(weight_bits=4, pack=True), True),
         (Recipe(activation_bits=4), False),
         (Recipe(activation_bits=16), False),
         (Recipe(weight_granularity=WeightGranularity.PER_BLOCK), False),

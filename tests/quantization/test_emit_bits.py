@@ -95,18 +95,3 @@ def test_the_best_effort_gives_weights_of_few_bits_all_codes() -> None:
         result = net(**few, **options)
         assert {(x.weight.bits, x.weight.symmetric) for x in result.plan.layers} == {(4, chosen), (8, True)}
     assert all(x.weight.symmetric for x in net(effort="best", weight_scheme="symmetric", weight_bits=4).plan.layers)
-    packed = net(**few, effort="best", pack=True).wiring
-    assert {packed.codes(n.input[1]).data_type for n in packed.all("Conv")} > {onnx.TensorProto.INT4}
-
-
-@pytest.mark.parametrize("granularity", WeightGranularity)
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_packed_weights_are_int4_at_opset_21(granularity: WeightGranularity, bits: int) -> None:
-    packed = net(weight_bits=bits, edge_bits=2, pack=True, weight_granularity=granularity, block_size=4)
-    plain = net(weight_bits=bits, edge_bits=2, weight_granularity=granularity, block_size=4)
-    for node in packed.wiring.all("Conv", "Gemm"):
-        assert packed.wiring.codes(node.input[1]).data_type == onnx.TensorProto.INT4
-    assert packed.proto.opset_import[0].version == 21
-    assert packed.proto.ir_version == 10
-    assert packed.proto.ByteSize() < plain.proto.ByteSize() + 300
-    np.testing.assert_array_equal(packed.meant["y"], plain.meant["y"])  # the same numbers, stored smaller

@@ -120,7 +120,6 @@ def test_a_matmul_knows_nothing_of_single_channels() -> None:
             {"weight_granularity": WeightGranularity.PER_BLOCK},
             "weights with a scale for each block have no integer kernel",
         ),
-        ({"weight_bits": 4, "edge_bits": 4, "pack": True}, "packed weights are unpacked to float"),
     ],
 )
 def test_every_convolution_in_float_says_why(options: dict[str, object], why: str) -> None:

@@ -189,7 +189,7 @@ KINDS: dict[str, onnx.ModelProto] = {
         "c = Conv(x, w) d = Dropout(c) i = Identity(d) y = Conv(i, v)", w=(6, 3, 3, 3), v=(4, 6, 1, 1)
     ),
 }
-# 16 bits and weights only run in float; packed weights, too.
+# 16 bits, blocks and weights only run in float.
 WAYS: dict[str, dict[str, object]] = {
     "8 bits": {},
     "symmetric, per tensor": {
@@ -200,11 +200,10 @@ WAYS: dict[str, dict[str, object]] = {
     "7 bits": {"weight_bits": 7, "activation_bits": 7, "edge_bits": 7},
     "16 bits": {"weight_bits": 16, "activation_bits": 16},
     "blocks": {"weight_granularity": WeightGranularity.PER_BLOCK, "block_size": 4},
-    "packed blocks": {
+    "4-bit blocks": {
         "weight_granularity": WeightGranularity.PER_BLOCK,
         "block_size": 2,
         "weight_bits": 4,
-        "pack": True,
     },
     "weights only": {"activation_bits": 32},
 }

@@ -283,7 +283,7 @@ FEW: dict[str, Any] = {"weight_bits": 4}
         ({"bit_allocation": "weights", "weight_bits": 16}, "--weight-bits 16", "2 to 7"),
         ({"bit_allocation": "weights"}, "--weight-bits 8", "2 to 7"),
         (FEW | {"bit_allocation": "weights", "weight_granularity": "per-tensor"}, "per-tensor", "per-channel"),
-        ({"bit_allocation": "weights", "weight_bits": 4, "pack": True}, "--pack", "int4"),
+        ({"bit_allocation": "weights", "weight_bits": 4, "pack": True}, "--pack", "up to 8 bits"),
         ({"bit_allocation": "activations"}, "--calibrator output-mse", "aciq"),
         (BOTH | {"activation_bits": 16}, "--activation-bits 16", "2 to 8"),
         (BOTH | {"activation_bits": 32}, "--activation-bits 32", "stay float"),

@@ -457,13 +457,19 @@ def test_the_summary_shows_what_was_tried(pictures: Path) -> None:
 
 
 def test_packing_goes_with_a_search(pictures: Path) -> None:
+    wide = network(
+        f"c = Conv<{SAME}>(x, w) r = Relu(c) d = Conv<{SAME}>(r, v) e = Relu(d) y = Conv<{SAME}>(e, u)",
+        x=("N", 3, 8, 8), w=(96, 3, 5, 5), v=(32, 96, 3, 3), u=(48, 32, 3, 3),
+    )  # fmt: skip
     found, data = request(pictures, target_size=0.13, pack=True, edge_bits=2)
-    report, result = quantized(NET, found, data)
-    kinds = {tensor.name: tensor.data_type for tensor in result.graph.initializer if tensor.name.endswith("_codes")}
-    narrow = [name for name, bits in bits_in(report).items() if bits <= 4]
-    assert list(kinds.values()).count(onnx.TensorProto.INT4) == len(narrow) > 0
+    report, result = quantized(wide, found, data)
+    stored = {tensor.name for tensor in result.graph.initializer}
+    for layer, bits in bits_in(report).items():
+        assert (f"{'wvu'['cdy'.index(layer)]}_codes" in stored) is (bits == 8)
+    assert min(bits_in(report).values()) < 8
+    assert sum(finding.step == "pack" for finding in report.findings) > 0
     with pytest.raises(QconvError, match="--pack"):
-        replace(found, candidate_bits=(5, 8))
+        replace(found, candidate_bits=(8, 16))
 
 
 @pytest.mark.parametrize(("size", "vain"), [(0.3, True), (0.16, False)])

@@ -11,8 +11,9 @@ from qconv.config.recipe import Recipe
 from qconv.errors import Change
 from qconv.ir import files, load
 from qconv.ir.files import Source, declared_opset, read_proto
-from qconv.ir.metadata import needed_opset, set_ir_version
+from qconv.ir.metadata import set_ir_version
 from qconv.ir.model import Model
+from qconv.ir.requirements import needed_opset
 from qconv.passes import fold
 from tests.support.models import loaded, random_feeds, run
 

@@ -23,7 +23,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Finding
-from qconv.ir import load, metadata
+from qconv.ir import load, metadata, requirements
 from qconv.ir.files import Source, declared_opset
 from qconv.ir.packed_codes import pack_codes
 from qconv.passes import fold
@@ -107,10 +107,10 @@ class Quantized:
     ) -> None:
         self.float, self.recipe, self.samples = proto, recipe, samples
         copy = onnx.ModelProto.FromString(proto.SerializeToString())
-        opset = metadata.needed_opset(recipe, declared_opset(copy))
+        opset = requirements.needed_opset(recipe, declared_opset(copy))
         model, _ = load.load(copy, Source("the test's model", None, b""), opset=opset)
         fold.run_float_passes(model, for_ort=runs_on_ort(recipe))
-        oldest = metadata.needed_runtime(model, recipe).split()[-1]
+        oldest = requirements.needed_runtime(model, recipe).split()[-1]
         skip_without("onnxruntime", oldest, "what is made here says so")
         whole = make_plan(model, recipe, TARGETS[recipe.target])
         self.plan: Plan = plan_folded(model, recipe, None) if placed else whole
