@@ -367,7 +367,8 @@ def _cast(node: Node, x: NDArray[Any]) -> Any:
 
 
 def _shift(node: Node, x: NDArray[Any], by: NDArray[Any]) -> NDArray[Any]:
-    return np.left_shift(x, by) if attribute(node, "direction") == "LEFT" else np.right_shift(x, by)
+    shift = np.left_shift if attribute(node, "direction") == "LEFT" else np.right_shift
+    return np.asarray(shift(x, by))
 
 
 _EVALUATED: dict[str, Callable[..., Any]] = {
