@@ -267,7 +267,11 @@ def test_topics_that_the_code_names_exist() -> None:
         for path in (ROOT / "qconv").rglob("*.py")
         for topic in re.findall(r"`qconv manual ([a-z][\w-]+)`", path.read_text("utf-8"))
     }
-    assert {topic for name, topic in named if name in ("options.py", "quantize_options.py")} >= {"effort", "targets", "preprocessing"}
+    assert {topic for name, topic in named if name in ("options.py", "quantize_options.py")} >= {
+        "effort",
+        "targets",
+        "preprocessing",
+    }
     assert {topic for _, topic in named} <= set(TOPICS)
 
 
