@@ -22,6 +22,7 @@ from qconv.analysis.inspect_float import TensorSignature, read_producer, refuse_
 from qconv.auditing.audit import FILE_FORMATS, detect_format
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options, recipe_from_dict
+from qconv.ir.channel_padding import drop_channel_padding
 from qconv.ir.files import Source, declared_opset, file_bytes, is_quantized, metadata_of, read_proto
 from qconv.ir.load import load_unchanged
 from qconv.ir.metadata import read_placed_nodes, read_preprocessing_dict, read_recipe
@@ -203,6 +204,7 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         name, _, meaning = FILE_FORMATS[-1]
     counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model = load_unchanged(proto, source)
+    drop_channel_padding(model)  # layers have the shapes of the float model
     recipe, placed = _drop_nan(read_recipe(carried)), read_placed_nodes(carried)
     reader = _LayerReader(model, recipe_from_dict(recipe) if recipe else None, size)
     layers = tuple(row for node in model.nodes() if (row := reader.row(node)) is not None)

@@ -91,6 +91,8 @@ class Target:
     moves_zero: codes of few bits are shifted in their bytes, so that zero is code 0 for every channel: its kernels want
     that, or are faster.
     candidate_activation_bits: what a tensor of a network with 8-bit activations may have in their place, 32 for float.
+    fast_forms: whether what only ONNX Runtime's CPU provider was measured to run faster is written: codes padded with
+    channels, operators between quantizer and dequantizer, negative scales. Other runtimes may not fuse around them.
     per_tensor_weight_ops: weights of these operators have one scale. saturates_int16_pairs: on x86 without VNNI it adds
     products in pairs of 16 bits.
     """
@@ -106,6 +108,7 @@ class Target:
     integer_bias: bool = True
     keeps_activations: bool = False
     inputs_only: bool = False
+    fast_forms: bool = False
     per_tensor_weight_ops: frozenset[str] = frozenset()
     moves_zero: bool = False
     saturates_int16_pairs: bool = True
@@ -131,6 +134,7 @@ TARGETS: dict[str, Target] = {
         costs=average_costs(CPU_COSTS.values()),
         cpu_costs=CPU_COSTS,
         folds_constants=True,
+        fast_forms=True,
         moves_zero=True,
         candidate_activation_bits=frozenset({8, 32}),
     ),

@@ -1,0 +1,133 @@
+"""Layers of a Q/DQ file whose codes are padded with channels: written, found, and taken back.
+
+    codes -> Pad of channels with the zero point -> DequantizeLinear -> Conv        weights with zeros for them
+
+`pad_layer` writes this, `drop_channel_padding` takes it back, without a number changed. Whoever reads a quantized file
+beside its float model, by tensors or by weights, takes it back first: then shapes are those of the float model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of, set_dims
+from qconv.ir.rewriting import standard_op_type
+from qconv.ir.stored_weights import Dequantizer, read_dequantizer
+
+
+def pad_layer(model: Model, conv: Node, inputs: int, made: dict[Value, Value] | None = None) -> bool:
+    """Give a Conv of codes `inputs` input channels; False where its codes or weights are not stored so that it can.
+
+    made: what was padded before, by what it was made of, so that layers that read one tensor share it.
+    """
+    data, weight = _read_both(conv)
+    codes = None if weight is None else constant_array(weight.codes)
+    if data is None or weight is None or codes is None or codes.ndim != 4 or data.zero is None or weight.zero is None:
+        return False
+    zero, zeros, more = constant_array(data.zero), constant_array(weight.zero), inputs - codes.shape[1]
+    if more <= 0 or zero is None or zero.size != 1 or zeros is None or zeros.any():
+        return False
+    made = {} if made is None else made
+    source = data.node.outputs[0]
+    if source not in made:
+        made[source] = _pad_codes(model, conv, data, zero, more)
+    name = weight.node.outputs[0].name or ""
+    wide = model.constant(weight.codes.name or "", np.pad(codes, [(0, 0), (0, more), (0, 0), (0, 0)]))
+    own = _dequantizer_of(model, weight, wide, name, weight.node.outputs[0])
+    model.insert_after(weight.node, own)
+    model.set_input(conv, 0, made[source])
+    model.set_input(conv, 1, own.outputs[0])
+    _drop_unread(model, data.node, weight.node)
+    return True
+
+
+def _pad_codes(model: Model, conv: Node, data: Dequantizer, zero: np.ndarray, more: int) -> Value:
+    """The codes of a tensor with channels of its zero point, dequantized."""
+    source = data.node.outputs[0]
+    widths = model.constant("channel_widths", np.array([0] * 5 + [more, 0, 0], np.int64))
+    fill = data.zero if zero.ndim == 0 else model.constant("channel_fill", zero.reshape(()))
+    pad = model.build("Pad", [data.codes, widths, fill], name=f"{conv.name}_channels", like=data.codes)
+    sizes = dims(source)
+    if sizes is not None and len(sizes) == 4 and sizes[1] is not None:
+        set_dims(pad.outputs[0], [sizes[0], sizes[1] + more, *sizes[2:]])
+    else:
+        pad.outputs[0].shape = None
+    own = _dequantizer_of(model, data, pad.outputs[0], f"{source.name}_padded", source)
+    model.insert_after(data.node, pad, own)
+    return own.outputs[0]
+
+
+def _dequantizer_of(model: Model, known: Dequantizer, codes: Value, name: str, like: Value) -> Node:
+    """A dequantizer of other codes with the parameters of a known one."""
+    attributes = {"axis": known.axis} if attribute(known.node, "axis") is not None else {}
+    inputs = [codes, *known.others]
+    node = model.build("DequantizeLinear", inputs, name=name, attributes=attributes, like=like)
+    node.outputs[0].shape = None if codes.shape is None else codes.shape.copy()
+    return node
+
+
+def drop_channel_padding(model: Model) -> dict[Node, int]:
+    """Take the channels back that the codes and weights of layers are padded with. Returns how many these layers had."""
+    found = {}
+    for node in model.nodes():
+        if standard_op_type(node) == "Conv":
+            data, weight = _read_both(node)
+            pad = None if data is None else padding_of_channels(data.codes)
+            codes = None if weight is None else constant_array(weight.codes)
+            if data is None or weight is None or codes is None or pad is None or pad.inputs[0] is None:
+                continue
+            more = _added_channels(pad)
+            if not 0 < more < codes.shape[1] or codes[:, -more:].any():
+                continue
+            found[node] = codes.shape[1]
+            _unpad_layer(model, node, data, weight, more)
+    return found
+
+
+def padding_of_channels(codes: Value | None) -> Node | None:
+    """The Pad that adds channels, and nothing else, to the codes that it reads; None where there is none."""
+    node = None if codes is None else codes.producer()
+    if node is None or standard_op_type(node) != "Pad" or attribute(node, "mode", "constant") != "constant":
+        return None
+    return node if input_of(node, 3) is None and _added_channels(node) > 0 else None
+
+
+def _added_channels(pad: Node) -> int:
+    """How many channels a Pad adds behind those of (N, C, H, W); 0 for one that pads anything else."""
+    widths = constant_array(input_of(pad, 1))
+    if widths is None or widths.size != 8:
+        return 0
+    more = int(widths[5])
+    return more if more > 0 and np.count_nonzero(widths) == 1 else 0
+
+
+def _unpad_layer(model: Model, conv: Node, data: Dequantizer, weight: Dequantizer, more: int) -> None:
+    pad, codes = data.codes.producer(), constant_array(weight.codes)
+    assert pad is not None
+    assert pad.inputs[0] is not None
+    assert codes is not None
+    bare, result = pad.inputs[0], data.node.outputs[0]
+    known = next((r for r in model.readers(bare) if r.op_type == "DequantizeLinear" and r.inputs[1] is data.scale), None)
+    if known is None:
+        known = _dequantizer_of(model, data, bare, f"{result.name}_bare", result)
+        model.insert_before(pad, known)
+    stored = model.constant(weight.codes.name or "", np.ascontiguousarray(codes[:, :-more]))
+    own = _dequantizer_of(model, weight, stored, weight.node.outputs[0].name or "", weight.node.outputs[0])
+    model.insert_after(weight.node, own)
+    model.set_input(conv, 0, known.outputs[0])
+    model.set_input(conv, 1, own.outputs[0])
+    _drop_unread(model, data.node, weight.node, pad)
+
+
+def _read_both(conv: Node) -> tuple[Dequantizer | None, Dequantizer | None]:
+    """The dequantizers of a layer's data and of its weights."""
+    found = (read_dequantizer(input_of(conv, index)) for index in (0, 1))
+    data, weight = (made if made is None or not made.at_load else None for made in found)
+    return data, weight
+
+
+def _drop_unread(model: Model, *nodes: Node) -> None:
+    """Remove nodes that nothing reads any more, each before what it reads."""
+    for node in nodes:
+        if node.graph is not None and not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            model.remove(node)
