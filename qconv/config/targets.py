@@ -123,9 +123,12 @@ class Target:
     why: str = ""
 
 
-NO_GATE_KERNEL = {
-    "HardSigmoid": "as an Add of codes read with another scale it was measured on ONNX Runtime's CPU provider alone"
+NO_FAST_FORMS = {
+    "HardSigmoid": "as an Add of codes read with another scale it was measured on ONNX Runtime's CPU provider alone",
+    "Sub": "as an Add of codes read with the negated scale it was measured on ONNX Runtime's CPU provider alone",
+    "SpaceToDepth": "as slices of codes it was measured on ONNX Runtime's CPU provider alone",
 }
+"""Operators that are written as others for `fast_forms` alone."""
 
 TARGETS: dict[str, Target] = {
     "ort-cpu": Target(
@@ -140,7 +143,7 @@ TARGETS: dict[str, Target] = {
     ),
     "tensorrt": Target(
         "tensorrt",
-        float_ops=NO_GATE_KERNEL,
+        float_ops=NO_FAST_FORMS,
         on_ort=False,
         signed=True,
         default_scheme="symmetric",
@@ -161,7 +164,7 @@ TARGETS: dict[str, Target] = {
     ),
     "openvino": Target(
         "openvino",
-        float_ops=NO_GATE_KERNEL,
+        float_ops=NO_FAST_FORMS,
         on_ort=False,
         integer_bias=False,
         keeps_activations=True,
@@ -172,5 +175,5 @@ TARGETS: dict[str, Target] = {
         granularities=frozenset({"per-tensor", "per-channel"}),
         why="OpenVINO's integer layers have 8 bits and one scale a tensor or, for weights, a channel",
     ),
-    "generic": Target("generic", float_ops=NO_GATE_KERNEL, keeps_activations=True),
+    "generic": Target("generic", float_ops=NO_FAST_FORMS, keeps_activations=True),
 }

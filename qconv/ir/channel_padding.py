@@ -67,7 +67,7 @@ def _dequantizer_of(model: Model, known: Dequantizer, codes: Value, name: str, l
 
 
 def drop_channel_padding(model: Model) -> dict[Node, int]:
-    """Take the channels back that the codes and weights of layers are padded with. Returns how many these layers had."""
+    """Take back the channels that codes and weights of layers are padded with. Returns how many these layers had."""
     found = {}
     for node in model.nodes():
         if standard_op_type(node) == "Conv":
@@ -107,7 +107,9 @@ def _unpad_layer(model: Model, conv: Node, data: Dequantizer, weight: Dequantize
     assert pad.inputs[0] is not None
     assert codes is not None
     bare, result = pad.inputs[0], data.node.outputs[0]
-    known = next((r for r in model.readers(bare) if r.op_type == "DequantizeLinear" and r.inputs[1] is data.scale), None)
+    known = next(
+        (r for r in model.readers(bare) if r.op_type == "DequantizeLinear" and r.inputs[1] is data.scale), None
+    )
     if known is None:
         known = _dequantizer_of(model, data, bare, f"{result.name}_bare", result)
         model.insert_before(pad, known)

@@ -51,8 +51,8 @@ from qconv.planning.plan import Plan
 from qconv.planning.planner import is_quantizable_layer, replan
 from qconv.planning.work import measure_shares_in_float
 from qconv.quantization.emit import emit
-from qconv.quantization.pad_channels import pad_channels
 from qconv.quantization.layer_rounding import choose_rounding_effort
+from qconv.quantization.pad_channels import pad_channels
 from qconv.quantization.parameters import make_tensor_rows
 from qconv.reporter import Reporter
 from qconv.results.float_share import FloatShare

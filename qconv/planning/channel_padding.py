@@ -1,6 +1,6 @@
 """Chooses the layers whose input is padded on codes to a multiple of four channels, so that a faster kernel takes it.
 
-    q (N, 3, H, W) -> Pad with the zero point -> (N, 4, H, W)        weights (O, 3, kH, kW) -> (O, 4, kH, kW), 0 in the fourth
+    codes (N, 3, H, W) -> Pad with the zero point -> (N, 4, H, W)      weights (O, 3, kH, kW) -> (O, 4, kH, kW)
 
 The new channel is zero on both sides: every sum of products stays what it is. ONNX Runtime's kernel for symmetric
 weights (`MlasConvSym`) wants input channels in fours, and at least 16 output channels, in eights without AVX512;

@@ -33,8 +33,8 @@ from qconv.passes.requantize import give_readers_copies
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan, replan
 from qconv.quantization.emit import emit
-from qconv.quantization.pad_channels import pad_channels
 from qconv.quantization.input_moments import is_held_out
+from qconv.quantization.pad_channels import pad_channels
 from qconv.quantization.parameters import NO_SET_RANGES, Params, carry_over_params, choose_params
 from qconv.quantization.sequential_rounding import round_layers_sequentially
 from qconv.reporter import Reporter
