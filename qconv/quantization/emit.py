@@ -212,6 +212,8 @@ class _QdqWriter:
         if codes is None:
             self.tensor(result, node)
             return
+        what = f"{node.op_type} computed on codes"
+        self.findings.append(Change("codes", node.name or "", what))
         self._publish(result, codes, readers, rename=True)
         self.model.remove(node)
 
@@ -224,6 +226,8 @@ class _QdqWriter:
         chosen = None if dequantizer is None else dequantizer.tensor_params()
         if second is not None and chosen is not None and has_integer_clip_kernel(chosen):
             subtract_codes(self.made, node, self.codes[second], chosen)
+            what = "Sub became an Add that reads codes with the negated scale"
+            self.findings.append(Change("codes", node.name or "", what))
 
     def _add_to_codes(self, node: Node) -> None:
         """A line that saturates is a sum of its codes, read as steep as it is, and a constant."""
