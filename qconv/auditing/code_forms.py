@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from qconv.ir.channel_padding import padding_of_channels
+from qconv.ir.fast_forms import padding_of_channels
 from qconv.ir.model import DataType, Model, Node, Value, constant_array, input_of
 from qconv.ir.stored_weights import read_dequantizer
 from qconv.results.quantize import FloatNode

@@ -6,7 +6,7 @@ It is the last step: what learns or measures weights, and what compares tensors,
 from __future__ import annotations
 
 from qconv.errors import Change, Finding
-from qconv.ir.channel_padding import pad_layer
+from qconv.ir.fast_forms import pad_layer
 from qconv.ir.model import Model, Value
 from qconv.planning.plan import Plan
 

@@ -14,7 +14,7 @@ from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.data_options import DataOptions, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import Change
-from qconv.ir.channel_padding import drop_channel_padding
+from qconv.ir.fast_forms import drop_channel_padding
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
 from qconv.quantization.saturation import pair_excess, widen_scales

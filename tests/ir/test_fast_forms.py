@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qconv.ir.channel_padding import drop_channel_padding, pad_layer
+from qconv.ir.fast_forms import drop_channel_padding, pad_layer
 from qconv.ir.files import Source
 from qconv.ir.load import load_unchanged
 from qconv.ir.model import Model

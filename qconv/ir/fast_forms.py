@@ -1,9 +1,11 @@
-"""Layers of a Q/DQ file whose codes are padded with channels: written, found, and taken back.
+"""Forms of a Q/DQ file that are for speed alone: written, found, and taken back.
 
     codes -> Pad of channels with the zero point -> DequantizeLinear -> Conv        weights with zeros for them
+    a - b as Add of a, and of b read with the negated scale
 
-`pad_layer` writes this, `drop_channel_padding` takes it back, without a number changed. Whoever reads a quantized file
-beside its float model, by tensors or by weights, takes it back first: then shapes are those of the float model.
+`pad_layer` writes the first, `take_back_fast_forms` takes back both, without a number changed. Whoever reads a
+quantized file beside its float model, by tensors or by weights, takes them back first: then shapes and signs are those
+of the float model.
 """
 
 from __future__ import annotations
@@ -64,6 +66,22 @@ def _dequantizer_of(model: Model, known: Dequantizer, codes: Value, name: str, l
     node = model.build("DequantizeLinear", inputs, name=name, attributes=attributes, like=like)
     node.outputs[0].shape = None if codes.shape is None else codes.shape.copy()
     return node
+
+
+def take_back_fast_forms(model: Model) -> None:
+    """Write a quantized model as it is without its fast forms, in place."""
+    drop_channel_padding(model)
+    for node in model.nodes():
+        made = read_dequantizer(input_of(node, 1)) if standard_op_type(node) == "Add" else None
+        scale = None if made is None or made.at_load else constant_array(made.scale)
+        if made is None or scale is None or scale.size != 1 or not scale.reshape(-1)[0] < 0:
+            continue
+        value = made.node.outputs[0]
+        inputs = [made.codes, model.constant("scale", -scale), *([] if made.zero is None else [made.zero])]
+        own = model.build("DequantizeLinear", inputs, name=f"{value.name}_plain", like=value)
+        model.insert_after(made.node, own)
+        model.become(node, "Sub", [node.inputs[0], own.outputs[0]])
+        _drop_unread(model, made.node)
 
 
 def drop_channel_padding(model: Model) -> dict[Node, int]:
