@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from qconv.ir.fast_forms import padding_of_channels
+from qconv.ir.fast_forms import added_channels, padding_of_channels
 from qconv.ir.model import DataType, Model, Node, Value, constant_array, input_of
 from qconv.ir.stored_weights import read_dequantizer
 from qconv.results.quantize import FloatNode
@@ -46,10 +46,8 @@ def _describe_padding(conv: Node, us: float | None) -> Iterator[FloatNode]:
     stored = None if weight is None else constant_array(weight.codes)
     if pad is None or stored is None:
         return
-    widths = constant_array(input_of(pad, 1))
-    assert widths is not None
     inputs = stored.shape[1]
-    why = f"its {inputs - int(widths[5])} input channels are padded to {inputs} on codes, for a faster kernel"
+    why = f"its {inputs - added_channels(pad)} input channels are padded to {inputs} on codes, for a faster kernel"
     yield FloatNode(conv.name or "", conv.op_type, why, None, "padded-channels", us)
 
 

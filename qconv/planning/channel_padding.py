@@ -1,8 +1,8 @@
 """Chooses the layers whose input is padded on codes to a multiple of four channels, so that a faster kernel takes it.
 
-    codes (N, 3, H, W) -> Pad with the zero point -> (N, 4, H, W)      weights (O, 3, kH, kW) -> (O, 4, kH, kW)
+    codes (N, 3, H, W) -> (N, 4, H, W)      weights (O, 3, kH, kW) -> (O, 4, kH, kW)
 
-The new channel is zero on both sides: every sum of products stays what it is. ONNX Runtime's kernel for symmetric
+Every sum of products stays what it is, see `ir.fast_forms`. ONNX Runtime's kernel for symmetric
 weights (`MlasConvSym`) wants input channels in fours, and at least 16 output channels, in eights without AVX512;
 everything else is copied into rows first (im2col). What that gains is measured, see `cost_table.json`: much for few
 weights a pixel. The kernel itself is slower than the one for rows where a CPU has no VNNI, so that 7x7 layers lose

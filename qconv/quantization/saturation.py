@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.ir.fast_forms import keeps_pairs
 from qconv.quantizer import QuantParams
 
 T = TypeVar("T", bound=np.generic)
@@ -48,7 +49,7 @@ def widen_scales(
     """Widen scales, per channel or per tensor, until no pair saturates; returns `params` itself where none does.
 
     weight: (O, I/g, kH, kW), or a matrix with outputs along `output_axis`. low, high: least and largest code of every
-    input channel, shape (I,). inputs: channels that the file pads them to with zeros, which have other neighbours then.
+    input channel, shape (I,). inputs: channels that the file pads them to, which may have other neighbours then.
     """
     weight, low, high = _pad_inputs(weight, low, high, inputs)
     excess = partial(_excess_of_outputs, weight, _broadcast_limits(low, high, weight, output_axis), output_axis)
@@ -127,7 +128,7 @@ def _pad_inputs(
 ) -> tuple[NDArray[T], NDArray[np.int64], NDArray[np.int64]]:
     """Weights (O, I, kH, kW) and limits (I,) with zeros for further input channels, up to `inputs`."""
     more = inputs - len(low)
-    if more <= 0:
+    if more <= 0 or keeps_pairs(len(low)):
         return weight, low, high
     return np.pad(weight, [(0, 0), (0, more), (0, 0), (0, 0)]), np.pad(low, (0, more)), np.pad(high, (0, more))
 

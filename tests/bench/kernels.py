@@ -215,8 +215,11 @@ def _padded_stem(inputs: int, kernel: int) -> Link:
 
     def link(graph: Graph, x: str, channels: int) -> str:
         more = -inputs % 4
-        widths = graph.constant(np.int64([0, 0, 0, 0, 0, more, 0, 0]))
-        wide = graph.node("Pad", graph.codes(x), widths, graph.constant(np.uint8(ZERO)))
+        if inputs == 3:
+            wide = graph.node("Gather", graph.codes(x), graph.constant(np.int64([0, 1, 2, 1])), axis=1)
+        else:
+            widths = graph.constant(np.int64([0, 0, 0, 0, 0, more, 0, 0]))
+            wide = graph.node("Pad", graph.codes(x), widths, graph.constant(np.uint8(ZERO)))
         return graph.conv(graph.dequantized(wide), inputs + more, channels, kernel)
 
     return link

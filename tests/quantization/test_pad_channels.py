@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from qconv.config.choices import Scheme, WeightGranularity
@@ -17,11 +18,11 @@ from qconv.errors import Change
 from qconv.ir.fast_forms import drop_channel_padding
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
-from qconv.quantization.saturation import pair_excess, widen_scales
+from qconv.quantization.saturation import pair_excess, widen_scales, worst_pair_ratio
 from qconv.quantizer import PerChannel, QuantSpec
 from qconv.runtime.session import Session
 from tests.support.models import network
-from tests.support.quantized import SAME, Feeds, Quantized, joined, quantized
+from tests.support.quantized import SAME, Feeds, Quantized, Wiring, joined, pictures, quantized
 
 SEVEN_BITS: dict[str, object] = {"weight_bits": 7, "edge_bits": 7}
 """With them no sum of two products saturates, whichever weights are neighbours."""
@@ -62,13 +63,40 @@ def test_channels_come_in_fours_and_change_no_number(inputs: int, padded: int) -
     assert [layer.padded for layer in result.plan.layers] == [padded, 0]
     assert result.audit.islands == ()
     assert result.runs.count("QLinearConv") == 2
-    (pad,) = result.wiring.all("Pad")
-    assert result.wiring.constants[pad.input[1]].tolist() == [0, 0, 0, 0, 0, padded - inputs, 0, 0]
+    (pad,) = result.wiring.all("Pad", "Gather")
+    how = [0, 1, 2, 1] if inputs == 3 else [0, 0, 0, 0, 0, padded - inputs, 0, 0]
+    assert result.wiring.constants[pad.input[1]].tolist() == how
     conv = result.wiring.all("Conv")[0]
     weights = onnx.numpy_helper.to_array(result.wiring.codes(conv.input[1]))
     assert weights.shape == (16, padded, 3, 3)
-    assert not weights[:, inputs:].any()
+    assert inputs == 3 or not weights[:, inputs:].any()
     assert_same_numbers(result)
+
+
+@pytest.mark.parametrize("inputs", [3, 6])
+def test_no_more_sums_saturate_than_without(inputs: int) -> None:
+    """With weights of 8 bits as they are, scales as wide as the layer without needs them, on any CPU."""
+    weights = np.abs(np.random.default_rng(0).normal(size=(16, inputs, 3, 3))).astype(np.float32)
+    proto = network(f"c = Conv<{SAME}>(x, w) y = Relu(c)", x=(2, inputs, 8, 8), w=weights)
+    result = quantized(proto, pictures((2, inputs, 8, 8), low=0.0, high=1.0))
+    codes, bare = (first_codes(model) for model in (result.proto, unpadded(result)))
+    assert worst_pair_ratio(codes, 0).max() <= worst_pair_ratio(bare, 0).max()
+    assert worst_pair_ratio(bare, 0).max() > 0.9
+    assert_same_numbers(result)
+
+
+def first_codes(proto: onnx.ModelProto) -> NDArray[np.int8]:
+    wiring = Wiring(proto)
+    return onnx.numpy_helper.to_array(wiring.codes(wiring.all("Conv")[0].input[1]))
+
+
+def test_a_weight_stands_where_its_neighbour_was() -> None:
+    """Pairs of a row of three places, 0 1 | 2 0 | 1 2 | 0 1 | 2, are (0 1) (2 -), then (0 -) (2 1), and again."""
+    codes = first_codes(stem(kernel=3).proto)
+    even, odd = codes.reshape(16, 4, 9)[:, :, 0::2], codes.reshape(16, 4, 9)[:, :, 1::2]
+    assert not even[:, 3].any()
+    assert not odd[:, 1].any()
+    assert odd[:, 3].any()
 
 
 def test_what_is_done_is_told() -> None:
@@ -85,7 +113,7 @@ def test_what_is_done_is_told() -> None:
 def test_others_are_left_as_they_are(options: dict[str, int]) -> None:
     """Too few outputs, or not in eights, for the kernel; more work than it saves; channels in fours; not measured."""
     result = stem(**options)
-    assert result.wiring.count("Pad") == 0
+    assert result.wiring.count("Pad", "Gather") == 0
     assert not any(layer.padded for layer in result.plan.layers)
 
 
@@ -102,7 +130,7 @@ def test_others_are_left_as_they_are(options: dict[str, int]) -> None:
     ],
 )
 def test_no_layer_is_padded_that_the_kernel_does_not_take(options: dict[str, object]) -> None:
-    assert stem(**options).wiring.count("Pad") == 0
+    assert stem(**options).wiring.count("Pad", "Gather") == 0
 
 
 @pytest.mark.parametrize(
@@ -110,14 +138,14 @@ def test_no_layer_is_padded_that_the_kernel_does_not_take(options: dict[str, obj
 )
 def test_weights_of_few_bits_and_of_one_scale_are_padded(options: dict[str, object]) -> None:
     result = stem(**options).check(15)
-    assert result.wiring.count("Pad") == 1
+    assert result.wiring.count("Pad", "Gather") == 1
     assert_same_numbers(result)
 
 
 def test_layers_that_read_one_tensor_share_its_padding() -> None:
     body = f"c = Conv<{SAME}>(x, w) d = Conv<{SAME}>(x, v) y = Add(c, d)"
     result = quantized(network(body, w=(16, 3, 3, 3), v=(16, 3, 3, 3)), **SEVEN_BITS).check()
-    assert result.wiring.count("Pad") == 1
+    assert result.wiring.count("Pad", "Gather") == 1
     assert result.audit.islands == ()
     assert_same_numbers(result)
 
@@ -127,7 +155,7 @@ def test_who_else_reads_the_codes_reads_them_without() -> None:
         f"c = Conv<{SAME}>(x, w) p = AveragePool<kernel_shape=[3,3], {SAME}>(x) j = Concat<axis=1>(c, p) y = Conv(j, v)"
     )
     result = quantized(network(body, w=(16, 3, 3, 3), v=(4, 19, 1, 1)), **SEVEN_BITS).check()
-    assert result.wiring.count("Pad") == 1
+    assert result.wiring.count("Pad", "Gather") == 1
     assert result.audit.islands == ()
     assert_same_numbers(result)
 
@@ -166,16 +194,13 @@ def test_pixels_are_padded(layout: Layout | None, tmp_path: Path) -> None:
 
 
 def test_neighbours_are_those_of_the_padded_weights() -> None:
-    """Four channels with 1.27 in the last of three: (c0, c1) and (c2, nothing) never saturate, (c2, c0) would."""
-    weight = np.zeros((1, 3, 1, 3), np.float32)
-    weight[0, :, 0] = [[0, 1.27, 0], [0, 0, 0], [1.27, 0, 0]]  # c2 of the first place beside c0 of the second
-    params = QuantSpec(8, signed=True, symmetric=True, granularity=PerChannel(0)).from_range(
-        np.float32([-1.27]), np.float32([1.27])
-    )
-    low, high = np.zeros(3, np.int64), np.full(3, 255)
-    assert widen_scales(params, weight, low, high, output_axis=0) is not params
-    assert widen_scales(params, weight, low, high, output_axis=0, inputs=4) is params
+    """Of five channels the last of a place and the first of the next are a pair, which eight channels keep apart."""
+    weight = np.zeros((1, 5, 1, 2), np.float32)
+    weight[0, 4, 0, 0] = weight[0, 0, 0, 1] = 1.27
+    spec = QuantSpec(8, signed=True, symmetric=True, granularity=PerChannel(0))
+    params = spec.from_range(np.float32([-1.27]), np.float32([1.27]))
+    limits = np.zeros(5, np.int64), np.full(5, 255)
+    assert widen_scales(params, weight, *limits, output_axis=0) is not params
+    assert widen_scales(params, weight, *limits, output_axis=0, inputs=8) is params
     codes = params.quantize(weight)
-    assert (
-        pair_excess(codes, low, high, output_axis=0)[0] > 1 > pair_excess(codes, low, high, output_axis=0, inputs=4)[0]
-    )
+    assert pair_excess(codes, *limits, output_axis=0)[0] > 1 > pair_excess(codes, *limits, output_axis=0, inputs=8)[0]
