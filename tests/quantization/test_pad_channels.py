@@ -108,7 +108,8 @@ def test_what_is_done_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"outputs": 8}, {"outputs": 20}, {"kernel": 7, "side": 96, "outputs": 64}, {"inputs": 4}, {"inputs": 13}]
+    "options",
+    [{"outputs": 8}, {"outputs": 20}, {"kernel": 7, "side": 96, "outputs": 64}, {"inputs": 4}, {"inputs": 13}],
 )
 def test_others_are_left_as_they_are(options: dict[str, int]) -> None:
     """Too few outputs, or not in eights, for the kernel; more work than it saves; channels in fours; not measured."""
