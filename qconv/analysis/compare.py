@@ -41,6 +41,7 @@ from qconv.errors import QconvError, format_count, format_some
 from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
 from qconv.ir.data_shapes import find_data_shaped
+from qconv.ir.fast_forms import take_back_fast_forms
 from qconv.ir.files import Source, holds_codes, metadata_of, read_proto
 from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.layers import layers_inside
@@ -165,6 +166,7 @@ def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
     ours = ir_metadata.VERSION_KEY in carried
     quantized = load.load_unchanged(proto, request.model)
     unpack_codes(quantized)
+    take_back_fast_forms(quantized)
     if not ours:  # tools that compute in float16 around quantizers; parts of the network are fed with float32 here
         make_float32(quantized)
     original, _ = load.load(read_proto(request.float_model), request.float_model)

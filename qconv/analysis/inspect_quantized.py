@@ -22,6 +22,7 @@ from qconv.analysis.inspect_float import TensorSignature, read_producer, refuse_
 from qconv.auditing.audit import FILE_FORMATS, detect_format
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options, recipe_from_dict
+from qconv.ir.fast_forms import take_back_fast_forms
 from qconv.ir.files import Source, declared_opset, file_bytes, is_quantized, metadata_of, read_proto
 from qconv.ir.load import load_unchanged
 from qconv.ir.metadata import read_placed_nodes, read_preprocessing_dict, read_recipe
@@ -47,6 +48,7 @@ from qconv.ir.stored_weights import (
     iter_constants,
     weight_bits_of,
 )
+from qconv.ir.tensor_matching import INTEGER_OPS
 from qconv.results.precision import FOR_ACCURACY
 
 
@@ -205,6 +207,7 @@ def inspect_quantized(source: Source) -> QuantizedModel:
     counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model = load_unchanged(proto, source)
     packed = unpack_codes(model)
+    take_back_fast_forms(model)  # layers then have the shapes of the float model
     recipe, placed = _drop_nan(read_recipe(carried)), read_placed_nodes(carried)
     reader = _LayerReader(model, recipe_from_dict(recipe) if recipe else None, size, packed)
     layers = tuple(row for node in model.nodes() if (row := reader.row(node)) is not None)
@@ -375,7 +378,7 @@ class _LayerReader:
             bits = self.recipe.activation_bits  # each channel has its own, those on average
         for _ in range(MOST_STEPS_BACK):
             before = None if codes is None else codes.producer()
-            if before is None or before.op_type not in ("Clip", "Pad"):
+            if before is None or before.op_type not in INTEGER_OPS:
                 break
             if bits is None and before.op_type == "Clip":
                 bits = clip_bits(before)

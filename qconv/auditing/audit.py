@@ -19,6 +19,7 @@ import onnx
 from numpy.typing import NDArray
 
 from qconv import storage
+from qconv.auditing.code_forms import find_code_forms
 from qconv.auditing.fusion_rules import (
     PLAIN_LAYOUT_POOL,
     FloatReason,
@@ -152,6 +153,7 @@ def audit(optimized: Path, model: Model, known: PlannedReasons, times: Mapping[s
         (placed if chosen else islands).append(_describe_float_node(node, name, names, known, times.get(node.name)))
         layers.append(LayerTime(name, node.op_type, "float", times.get(node.name)))
     layers += [LayerTime(names.original(node), node.op_type, "integer", times.get(node.name)) for node in integer]
+    by_name = {layer.node: layer.us for layer in layers if layer.us is not None}
     return Audit(
         integer=len(integer),
         float=len(islands) + len(placed),
@@ -165,6 +167,7 @@ def audit(optimized: Path, model: Model, known: PlannedReasons, times: Mapping[s
             for node in integer
             if node.op_type == "MaxPool"
         ),
+        on_codes=tuple(find_code_forms(model, by_name)),
     )
 
 

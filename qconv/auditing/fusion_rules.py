@@ -60,7 +60,7 @@ def find_float_reason(node: Node) -> FloatReason:
 
 def _check_kernel(node: Node) -> FloatReason | None:
     row = operator(node.op_type)
-    alone = row.rule is not None and not isinstance(row.rule, SaturatingLineRule)
+    alone = row.rule is not None and not isinstance(row.rule, SaturatingLineRule) and not row.made_of_others
     if alone and node.op_type != "ConvTranspose" and node.domain in ("", "ai.onnx"):
         return None
     return None if row.has_kernel else FloatReason("no-kernel", f"{node.op_type} has no integer kernel", row.remedy)

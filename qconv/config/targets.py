@@ -103,6 +103,8 @@ class Target:
     moves_zero: codes of few bits are shifted in their bytes, so that zero is code 0 for every channel: its kernels want
     that, or are faster.
     candidate_activation_bits: what a tensor of a network with 8-bit activations may have in their place, 32 for float.
+    fast_forms: whether what only ONNX Runtime's CPU provider was measured to run faster is written: codes padded with
+    channels, operators between quantizer and dequantizer, negative scales. Other runtimes may not fuse around them.
     per_tensor_weight_ops: weights of these operators have one scale. saturates_int16_pairs: on x86 without VNNI it adds
     products in pairs of 16 bits.
     """
@@ -118,6 +120,7 @@ class Target:
     integer_bias: bool = True
     keeps_activations: bool = False
     inputs_only: bool = False
+    fast_forms: bool = False
     per_tensor_weight_ops: frozenset[str] = frozenset()
     moves_zero: bool = False
     saturates_int16_pairs: bool = True
@@ -132,9 +135,12 @@ class Target:
     why: str = ""
 
 
-NO_GATE_KERNEL = {
-    "HardSigmoid": "as an Add of codes read with another scale it was measured on ONNX Runtime's CPU provider alone"
+NO_FAST_FORMS = {
+    "HardSigmoid": "as an Add of codes read with another scale it was measured on ONNX Runtime's CPU provider alone",
+    "Sub": "as an Add of codes read with the negated scale it was measured on ONNX Runtime's CPU provider alone",
+    "SpaceToDepth": "as slices of codes it was measured on ONNX Runtime's CPU provider alone",
 }
+"""Operators that are written as others for `fast_forms` alone."""
 
 TARGETS: dict[str, Target] = {
     "ort-cpu": Target(
@@ -143,12 +149,13 @@ TARGETS: dict[str, Target] = {
         costs=average_costs(CPU_COSTS.values()),
         cpu_costs=CPU_COSTS,
         folds_constants=True,
+        fast_forms=True,
         moves_zero=True,
         candidate_activation_bits=frozenset({8, 32}),
     ),
     "tensorrt": Target(
         "tensorrt",
-        float_ops=NO_GATE_KERNEL,
+        float_ops=NO_FAST_FORMS,
         on_ort=False,
         signed=True,
         default_scheme="symmetric",
@@ -169,7 +176,7 @@ TARGETS: dict[str, Target] = {
     ),
     "openvino": Target(
         "openvino",
-        float_ops=NO_GATE_KERNEL,
+        float_ops=NO_FAST_FORMS,
         on_ort=False,
         integer_bias=False,
         keeps_activations=True,
@@ -180,5 +187,5 @@ TARGETS: dict[str, Target] = {
         granularities=frozenset({"per-tensor", "per-channel"}),
         why="OpenVINO's integer layers have 8 bits and one scale a tensor or, for weights, a channel",
     ),
-    "generic": Target("generic", float_ops=NO_GATE_KERNEL, keeps_activations=True),
+    "generic": Target("generic", float_ops=NO_FAST_FORMS, keeps_activations=True),
 }

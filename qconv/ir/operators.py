@@ -140,6 +140,7 @@ class Operator:
             where the attributes make it fall.
         rewrite: (build, x, attribute) -> y, which makes of it, when a model is loaded, operators that do the same.
         has_kernel: ONNX Runtime has an integer kernel for it although qconv has no rule.
+        made_of_others: in integers it is written as other operators; between quantizers ONNX Runtime leaves it float.
         remedy: what can be done where the lack of an integer kernel keeps it in float.
     """
 
@@ -162,6 +163,7 @@ class Operator:
     saturates: Callable[[GetAttribute], tuple[float, float] | None] | None = None
     rewrite: Callable[[Build, Any, GetAttribute], Any] | None = None
     has_kernel: bool = False
+    made_of_others: bool = False
     remedy: str | None = None
 
 
@@ -231,7 +233,14 @@ OPERATORS: Mapping[str, Operator] = {
     # arithmetic
     "Add": Operator(ComputingRule(data=2), ChannelEffect.ADD, absorbs_activation=True, hands_on_noise=True),
     "Mul": Operator(ComputingRule(data=2, float_in_tail=True), ChannelEffect.SCALE, absorbs_activation=True),
-    "Sub": Operator(effect=ChannelEffect.ADD, remedy="of a constant it is an Add, which has one"),
+    "Sub": Operator(
+        ComputingRule(data=2),
+        ChannelEffect.ADD,
+        absorbs_activation=True,
+        hands_on_noise=True,
+        made_of_others=True,
+        remedy="it is an Add of what is read with the negated scale: qconv quantize writes it so",
+    ),
     "Div": Operator(
         effect=ChannelEffect.SCALE, remedy="by a constant it would be a Mul, which has one: qconv quantize writes it so"
     ),
@@ -341,6 +350,11 @@ OPERATORS: Mapping[str, Operator] = {
     ),
     "Clip": Operator(IntegerDomainRule(), ChannelEffect.CLIP, clips=True, hands_on_noise=True, fused_behind_layer=True),
     "Pad": Operator(IntegerDomainRule(), ChannelEffect.PAD),
+    "SpaceToDepth": Operator(
+        IntegerDomainRule(),
+        made_of_others=True,
+        remedy="between layers it is four slices of the codes, joined: qconv quantize writes it so",
+    ),
     # others
     "Cast": Operator(effect=ChannelEffect.CAST),
     "DequantizeLinear": Operator(effect=ChannelEffect.DEQUANTIZE),

@@ -183,3 +183,18 @@ def check_reduces_spatial_axes(node: Node) -> None:
     axes = given if given is not None else None if numbers is None else numbers.tolist()
     if own is None or axes is None or any(axis % own < 2 for axis in axes):
         raise EditRefused(f"{node.op_type} may mix channels")
+
+
+def whole_factors(node: Node) -> list[int] | None:
+    """The whole numbers that a Resize multiplies the length of each axis by; None where they are others, or unknown."""
+    scales, before, after = constant_array(input_of(node, 2)), dims(data_input(node)), dims(node.outputs[0])
+    if attribute(node, "axes") is not None or attribute(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
+        return None
+    if scales is None or not scales.size:
+        sizes = constant_array(input_of(node, 3))
+        after = after if sizes is None else sizes.tolist()
+        if before is None or after is None or len(before) != len(after) or not all((*before, *after)):
+            return None
+        scales = np.array([new / old for new, old in zip(after, before, strict=True)])
+    factors = np.rint(scales)
+    return [int(factor) for factor in factors] if np.array_equal(factors, scales) and factors.min() >= 1 else None

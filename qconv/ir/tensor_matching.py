@@ -22,7 +22,8 @@ from qconv.ir.stored_weights import Dequantizer, read_dequantizer
 
 MOST_CANDIDATES = 6
 
-INTEGER_OPS = frozenset({"Clip", "Pad", "Min"})
+INTEGER_OPS = frozenset({"Clip", "Pad", "Min", "Reshape", "Resize", "Slice", "Concat"})
+"""What may stand between a quantizer and a dequantizer, and works on the codes of its first input."""
 
 CONVERSION = "Convert"
 """What a point is called that is rounded a second time, with other bits, for some of its readers."""

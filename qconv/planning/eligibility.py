@@ -160,6 +160,8 @@ def _refuse_computing(node: Node) -> str | None:
         if value is not None and value.dtype not in (DataType.FLOAT, None):
             return "its data is not float"
         numbers = constant_array(value)
+        if numbers is not None and node.op_type == "Sub" and value is node.inputs[1]:
+            return "of a constant it would be an Add"
         if numbers is not None and np.abs(numbers).max(initial=0) >= MASK_MAGNITUDE:
             return "its constant is a mask that 8 bits cannot hold beside data"
     if node.op_type == "Identity" and node.outputs[0].is_graph_output():
@@ -193,11 +195,26 @@ def _refuse_on_codes(node: Node) -> str | None:
         return "its data is not float"
     if node.op_type in CLIPPING_ACTIVATIONS and clip_bounds(node) is None:
         return "its bounds are computed, not constant"
+    if node.op_type == "SpaceToDepth" and not _is_between_layers(node):
+        return "its codes are fast as slices of 2x2 blocks between layers alone"
     if node.op_type == "Pad":
         fill = input_of(node, 2)
         if attribute(node, "mode", "constant") == "constant" and fill is not None and constant_scalar(fill) != 0:
             return "it pads with something else than zero"
     return None
+
+
+def _is_between_layers(node: Node) -> bool:
+    """Whether 2x2 blocks of what a convolution writes become channels that convolutions alone read.
+
+    There ONNX Runtime keeps pixels together; on NCHW slices of single numbers take longer than the operator in float.
+    """
+    maker = None if node.inputs[0] is None else node.inputs[0].producer()
+    if maker is not None and maker.op_type in CLIPPING_ACTIVATIONS and maker.inputs[0] is not None:
+        maker = maker.inputs[0].producer()
+    layered = maker is not None and maker.op_type == "Conv"
+    readers = [use.node.op_type for use in node.outputs[0].uses()]
+    return layered and attribute(node, "blocksize") == 2 and bool(readers) and set(readers) == {"Conv"}
 
 
 def _refuse_line(node: Node) -> str | None:

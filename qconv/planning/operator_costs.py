@@ -43,13 +43,13 @@ def look_up_cost(node: Node, shapes: Shapes, table: CostTable, kind: str | None 
         return None
     own, channels, work = found
     kind = kind or own
-    cost = _interpolate_cost(table[kind], channels, work)
+    cost = interpolate_cost(table[kind], channels, work)
     if kind.startswith("depthwise") and channels > DEPTHWISE_BLOCK and channels % DEPTHWISE_BLOCK:
         return replace(cost, integer_us=DEPTHWISE_REST_FACTOR * cost.integer_us)
     return cost
 
 
-def _interpolate_cost(lines: Mapping[int, tuple[float, float, float, float]], channels: float, work: float) -> NodeCost:
+def interpolate_cost(lines: Mapping[int, tuple[float, float, float, float]], channels: float, work: float) -> NodeCost:
     """Interpolate a cost between the table's channels, linearly in their logarithm."""
     known = np.log2(sorted(lines))
     columns = np.array([lines[key] for key in sorted(lines)])
@@ -63,7 +63,7 @@ def switch_cost(value: Value, shapes: Shapes, table: CostTable) -> float:
     if shape is None:
         return 0.0
     channels = shape[1] if len(shape) > 1 else 1
-    return _interpolate_cost(table["switch"], channels, math.prod(shape)).integer_us / 2
+    return interpolate_cost(table["switch"], channels, math.prod(shape)).integer_us / 2
 
 
 def _work_units(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:

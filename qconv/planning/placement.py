@@ -26,6 +26,7 @@ from qconv.ir.gelu import find_gelus
 from qconv.ir.load import infer_shapes_at
 from qconv.ir.model import Model, Node, Value, constant_array, dims
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
+from qconv.planning.channel_padding import time_of_padded
 from qconv.planning.min_cut import FlowNetwork
 from qconv.planning.operator_costs import NodeCost, Shapes, look_up_cost, switch_cost
 from qconv.planning.plan import Plan, data_inputs
@@ -206,6 +207,7 @@ class PlacementProblem:
         known = measured or {}
         movable = [node for node in model.nodes() if node in plan.integer]  # in order: so are sums, to the last digit
         costs = {node: known.get(node.name or "") or look_up_cost(node, shapes, table) for node in movable}
+        _spare_by_padding(plan, shapes, table, costs)
         pairs = [*_settle_layouts(plan, shapes, table, costs), *_join_gates(model, costs)]
         tensors = find_tensor_costs(model, plan, costs, lambda value: switch_cost(value, shapes, table))
         return cls(costs, tensors, pairs)
@@ -295,6 +297,15 @@ def find_tensor_costs(
         pointwise = producer in of_gelus or (bool(readers) and {*readers, *outside} <= of_gelus)
         tensors.append(TensorCost(value, producer, (*readers, *outside), switch(value), codes, pointwise))
     return tensors
+
+
+def _spare_by_padding(plan: Plan, shapes: Shapes, table: CostTable, costs: dict[Node, NodeCost | None]) -> None:
+    """Lower the costs in integers of layers whose input is padded with channels."""
+    for layer in plan.layers:
+        cost = costs.get(layer.node)
+        if layer.padded and cost is not None and not cost.measured:
+            out = shapes.get(layer.node.outputs[0].name or "")
+            costs[layer.node] = replace(cost, integer_us=cost.integer_us * time_of_padded(layer, out, table))
 
 
 def _settle_layouts(

@@ -144,6 +144,7 @@ class LayerPlan:
     at_load: the runtime computes float weights from codes once, when it loads the file, and not at every run.
     own_bits: each output channel has bits of its own, the spec's on average.
     moves_zero: codes are stored less their zero points.
+    padded: how many input channels its codes are padded to, see `channel_padding`; 0 for none.
     """
 
     node: Node
@@ -153,6 +154,7 @@ class LayerPlan:
     at_load: bool = False
     own_bits: bool = False
     moves_zero: bool = False
+    padded: int = 0
 
     @property
     def blocked(self) -> bool:

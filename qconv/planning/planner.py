@@ -28,6 +28,7 @@ from qconv.ir.operators import (
     with_,
 )
 from qconv.ir.stored_weights import read_dequantizer
+from qconv.planning.channel_padding import choose_padded_layers
 from qconv.planning.eligibility import (
     HEAD_REASON,
     NO_16_BIT_KERNEL,
@@ -83,6 +84,7 @@ def make_plan(
         planner.choose_activations()
         planner.take_given()
     explain_float_execution(planner.nodes, planner.plan)
+    choose_padded_layers(planner.plan)
     return planner.plan
 
 

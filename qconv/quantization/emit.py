@@ -20,15 +20,14 @@ from qconv.ir.model import (
     Model,
     Node,
     Value,
-    attribute,
     clip_bounds,
     dims,
-    input_of,
     rank,
     set_dims,
 )
 from qconv.ir.operators import QUANTIZATION_RULES, SATURATING_LINES, ComputingRule, TransparentRule, WeightedRule
 from qconv.ir.rewriting import data_input
+from qconv.ir.stored_weights import read_dequantizer
 from qconv.planning.eligibility import gives_places
 from qconv.planning.plan import Plan, data_inputs
 from qconv.planning.saturating_line import find_saturating_line
@@ -36,6 +35,7 @@ from qconv.planning.widths import COPY
 from qconv.quantization.code_attributes import axis_attribute, has_integer_clip_kernel, integer_clip_bounds
 from qconv.quantization.dequantizers import DequantizerWriter
 from qconv.quantization.emit_constants import ConstantWriter
+from qconv.quantization.emit_on_codes import clip_of_codes, compute_on_codes, computes_on_codes, subtract_codes
 from qconv.quantization.gelu_inputs import join_gelu_inputs
 from qconv.quantization.parameters import Params
 from qconv.quantizer import QuantParams, QuantSpec
@@ -73,9 +73,10 @@ class _QdqWriter:
 
     def node(self, node: Node) -> None:
         """Quantize what one node of the float graph writes, and remove it where it is absorbed."""
+        self._negate_second(node)
         if node in self.plan.absorbed:
             self._absorb(node)
-        elif node in self.plan.on_codes:
+        elif computes_on_codes(node, self.plan):
             self._on_codes(node)
         elif node in self._lines:
             self._add_to_codes(node)
@@ -205,27 +206,27 @@ class _QdqWriter:
         result, source = node.outputs[0], node.inputs[0]
         assert source is not None
         chosen = self.params.activations[result]
-        if not has_integer_clip_kernel(chosen):
+        readers = self._readers(result, node)
+        codes = compute_on_codes(self.made, node, self.codes[source], chosen)
+        if codes is None:
             self.tensor(result, node)
             return
-        readers = self._readers(result, node)
-        codes = self.codes[source]
-        if node.op_type == "Pad":
-            zero = self.made.grid(chosen)[1]
-            inputs: list[Value | None] = [codes, input_of(node, 1), zero, input_of(node, 3)]
-            while inputs[-1] is None:
-                inputs.pop()
-            mode = {"mode": attribute(node, "mode", "constant")}
-            if mode["mode"] != "constant":
-                inputs[2] = None
-            pad = self.model.build("Pad", inputs, name=f"{node.name}_codes", attributes=mode, like=result)
-            pad.outputs[0].dtype = codes.dtype or DataType.UINT8
-            self.model.insert_after(node, pad)
-            codes = pad.outputs[0]
-        else:
-            codes = self._clip_codes(codes, chosen, node)
+        what = f"{node.op_type} computed on codes"
+        self.findings.append(Change("codes", node.name or "", what))
         self._publish(result, codes, readers, rename=True)
         self.model.remove(node)
+
+    def _negate_second(self, node: Node) -> None:
+        """Make an Add of a Sub in integers whose second input has codes of 8 bits with one scale."""
+        second = node.inputs[1] if len(node.inputs) > 1 else None
+        if node.op_type != "Sub" or node not in self.plan.integer or second not in self.codes:
+            return
+        dequantizer = read_dequantizer(second)
+        chosen = None if dequantizer is None else dequantizer.tensor_params()
+        if second is not None and chosen is not None and has_integer_clip_kernel(chosen):
+            subtract_codes(self.made, node, self.codes[second], chosen)
+            what = "Sub became an Add that reads codes with the negated scale"
+            self.findings.append(Change("codes", node.name or "", what))
 
     def _add_to_codes(self, node: Node) -> None:
         """A line that saturates is a sum of its codes, read as steep as it is, and a constant."""
@@ -303,8 +304,7 @@ class _QdqWriter:
         return self._clip(codes, chosen, int(low), int(high))
 
     def _clip(self, codes: Value, chosen: QuantParams, low: int, high: int) -> Value:
-        limits = [self.made.fixed("code_limit", np.asarray(limit, chosen.spec.dtype)) for limit in (low, high)]
-        node = self.model.build("Clip", [codes, *limits], name=f"{codes.name}_Clip", like=codes)
+        node = clip_of_codes(self.made, codes, chosen, low, high)
         self._place(codes.producer(), node)
         return node.outputs[0]
 

@@ -309,9 +309,9 @@ class LayerRounder:
 
         limits: the least and the largest code of each input channel.
         """
-        axis = self.layer.rule.output_axis
+        axis, inputs = self.layer.rule.output_axis, self.layer.padded
         for _ in range(MOST_WIDENINGS):
-            over = saturation.pair_excess(codes, *limits, output_axis=axis)
+            over = saturation.pair_excess(codes, *limits, output_axis=axis, inputs=inputs)
             if np.all(over <= 1):
                 return params, codes
             over = np.maximum(over, np.where(over > 1, saturation.SMALLEST_WIDENING, 1.0))
@@ -323,7 +323,7 @@ class LayerRounder:
             rows[:, changed], _ = self._row_codes(params, changed)
             codes = self._stored(rows)
         weight = self._stored(self.wanted)
-        params = saturation.widen_scales(params, weight, *limits, output_axis=axis)
+        params = saturation.widen_scales(params, weight, *limits, output_axis=axis, inputs=inputs)
         return params, params.quantize(weight)
 
     def _rows(self, codes: Codes) -> Float64:

@@ -241,7 +241,8 @@ def fit_scales(
         params = widened
     limits = find_pair_limits(readers, target, widest=params.widest, saturation_safe=saturation_safe)
     if limits is not None:
-        params = saturation.widen_scales(params, weight, *limits, output_axis=layer.rule.output_axis)
+        axis, inputs = layer.rule.output_axis, layer.padded
+        params = saturation.widen_scales(params, weight, *limits, output_axis=axis, inputs=inputs)
     return params, findings
 
 

@@ -20,12 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.ir.fast_forms import keeps_pairs
 from qconv.quantizer import QuantParams
+
+T = TypeVar("T", bound=np.generic)
 
 PAIR_LIMIT = 32767
 LARGEST_CODE = 255
@@ -41,12 +44,14 @@ def widen_scales(
     high: NDArray[np.int64],
     *,
     output_axis: int,
+    inputs: int = 0,
 ) -> QuantParams:
     """Widen scales, per channel or per tensor, until no pair saturates; returns `params` itself where none does.
 
     weight: (O, I/g, kH, kW), or a matrix with outputs along `output_axis`. low, high: least and largest code of every
-    input channel, shape (I,).
+    input channel, shape (I,). inputs: channels that the file pads them to, which may have other neighbours then.
     """
+    weight, low, high = _pad_inputs(weight, low, high, inputs)
     excess = partial(_excess_of_outputs, weight, _broadcast_limits(low, high, weight, output_axis), output_axis)
     count = weight.shape[output_axis]
     # a part at a time: products of all weights at once would be eight times their size
@@ -78,12 +83,13 @@ def worst_pair_ratio(codes: NDArray[np.int8], output_axis: int) -> NDArray[np.fl
 
 
 def pair_excess(
-    codes: NDArray[np.integer], low: NDArray[np.int64], high: NDArray[np.int64], *, output_axis: int
+    codes: NDArray[np.integer], low: NDArray[np.int64], high: NDArray[np.int64], *, output_axis: int, inputs: int = 0
 ) -> NDArray[np.float64]:
-    """The worst pair of each output, over what 16 bits hold, (O,); codes of weights, low and high as in `widen_scales`.
+    """The worst pair of each output, over what 16 bits hold, (O,); codes of weights, the others as in `widen_scales`.
 
     More than 1 saturates.
     """
+    codes, low, high = _pad_inputs(codes, low, high, inputs)
     rows = _kernel_rows(codes, output_axis)
     limits = _broadcast_limits(low, high, codes, output_axis)
     found: NDArray[np.float64] = _worst_pair_sum(rows, *limits) / PAIR_LIMIT
@@ -115,6 +121,16 @@ def _excess_of_outputs(
     low, high = (limit[outputs] if len(limit) > 1 else limit for limit in limits)
     found: NDArray[np.float64] = _worst_pair_sum(rows, low, high) / PAIR_LIMIT
     return found
+
+
+def _pad_inputs(
+    weight: NDArray[T], low: NDArray[np.int64], high: NDArray[np.int64], inputs: int
+) -> tuple[NDArray[T], NDArray[np.int64], NDArray[np.int64]]:
+    """Weights (O, I, kH, kW) and limits (I,) with zeros for further input channels, up to `inputs`."""
+    more = inputs - len(low)
+    if more <= 0 or keeps_pairs(len(low)):
+        return weight, low, high
+    return np.pad(weight, [(0, 0), (0, more), (0, 0), (0, 0)]), np.pad(low, (0, more)), np.pad(high, (0, more))
 
 
 def _kernel_rows(codes: NDArray[np.integer], output_axis: int) -> NDArray[np.int32]:

@@ -56,7 +56,7 @@ def format_audit(found: FileAudit, *, verbose: bool) -> str:
     lines.append(format_columns(rows, "lrrr"))
     quantized = found.format != "float"  # of a float model it is no news
     kinds = (("float islands", own.islands if quantized else ()), ("in float by choice", own.placed))
-    for title, islands in (*kinds, ("slow in integers", own.slow)):
+    for title, islands in (*kinds, ("slow in integers", own.slow), ("on codes", own.on_codes)):
         if islands:
             lines += ["", f"{title}:", *_format_float_nodes(islands, total, verbose=verbose)]
     if verbose:

@@ -233,10 +233,7 @@ class LayerTime:
 class Saturation:
     """A layer that may overflow on a CPU that adds products in 16 bits.
 
-    Attributes:
-        worst: What two products can reach, over what 16 bits hold.
-        channels: Output channels of the layer.
-        outputs: How many of them have such pairs.
+    worst: what two products can reach, over what 16 bits hold. channels: outputs; outputs: those with such pairs.
     """
 
     node: str
@@ -260,6 +257,7 @@ class Audit:
         total_us: Microseconds of one run of all nodes, conversions included; None where not measured.
         saturating: Layers that may overflow on some CPUs.
         slow: Nodes whose integer kernel takes far longer than float; they count as integer.
+        on_codes: Nodes of the file that are computed on codes, or written otherwise for an integer kernel.
     """
 
     integer: int
@@ -270,6 +268,7 @@ class Audit:
     total_us: Microseconds | None = None
     saturating: tuple[Saturation, ...] = ()
     slow: tuple[FloatNode, ...] = ()
+    on_codes: tuple[FloatNode, ...] = ()
 
     def spent(self, runs: str) -> Microseconds | None:
         """Sum the microseconds of nodes that run in `integer` or in `float`."""
@@ -289,6 +288,7 @@ class Audit:
             "us": spent,
             "saturating": [_as_row(layer) for layer in self.saturating],
             "slow": [_as_row(node) for node in self.slow],
+            "on_codes": [_as_row(node) for node in self.on_codes],
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "demo.onnx"
     data = DataOptions((str(PHOTOS),), preprocessing=PreprocessingOptions("imagenet", resize="exact"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qconv.planning.placement.LEAST_GAIN_SHARE", 0.01)
+        patch.setattr("qconv.planning.placement.FLOAT_MARGIN", 0.9)
+        for name in ("LEAST_GAIN_SHARE", "LEAST_GAIN_US"):
+            patch.setattr(f"qconv.planning.placement.{name}", -math.inf)
         quantize(CIFAR, out, Recipe(), data)
     return out
 

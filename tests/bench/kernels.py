@@ -95,9 +95,17 @@ class Graph:
         bias = self.node("DequantizeLinear", self.constant(np.zeros(count, np.int32)), *sums, axis=0)
         return stored, bias
 
-    def conv(self, x: str, inputs: int, outputs: int, kernel: int, group: int = 1) -> str:
+    def codes(self, x: str) -> str:
+        """What the dequantizer of a tensor reads."""
+        return next(node.input[0] for node in self.nodes if x in node.output)
+
+    def dequantized(self, codes: str, scale: float = SCALE) -> str:
+        grid = self.constant(np.float32(scale)), self.constant(np.uint8(ZERO))
+        return self.node("DequantizeLinear", codes, *grid)
+
+    def conv(self, x: str, inputs: int, outputs: int, kernel: int, group: int = 1, stride: int = 1) -> str:
         weights = self.weights((outputs, inputs // group, kernel, kernel), 0)
-        shape = {"kernel_shape": [kernel, kernel], "pads": [kernel // 2] * 4}
+        shape = {"kernel_shape": [kernel, kernel], "pads": [kernel // 2] * 4, "strides": [stride] * 2}
         return self.op("Conv", x, *weights, group=group, **shape)
 
     def gemm(self, x: str, channels: int) -> str:
@@ -202,6 +210,59 @@ def _transposed_noise(graph: Graph, x: str, channels: int) -> str:
     return graph.op("Reshape", graph.op("Transpose", y, perm=[0, 2, 1, 3, 4]), whole)
 
 
+def _padded_stem(inputs: int, kernel: int) -> Link:
+    """A layer whose codes are padded to channels in fours."""
+
+    def link(graph: Graph, x: str, channels: int) -> str:
+        more = -inputs % 4
+        if inputs == 3:
+            wide = graph.node("Gather", graph.codes(x), graph.constant(np.int64([0, 1, 2, 1])), axis=1)
+        else:
+            widths = graph.constant(np.int64([0, 0, 0, 0, 0, more, 0, 0]))
+            wide = graph.node("Pad", graph.codes(x), widths, graph.constant(np.uint8(ZERO)))
+        return graph.conv(graph.dequantized(wide), inputs + more, channels, kernel)
+
+    return link
+
+
+def _subtracted(graph: Graph, x: str, channels: int) -> str:
+    """On codes a sum, of which one is read with the negated scale."""
+    y = POINTWISE(graph, x, channels)
+    return graph.op("Add", y, graph.dequantized(graph.codes(x), -SCALE)) if graph.integer else graph.op("Sub", y, x)
+
+
+def _halved(graph: Graph, x: str, channels: int) -> str:
+    return graph.conv(x, channels, channels, 1, stride=2)
+
+
+def _resized(graph: Graph, x: str, channels: int) -> str:
+    """By two, nearest neighbour; codes in the file's layout, which a Reshape on either side keeps."""
+    y = _halved(graph, x, channels)
+    sides, same = graph.constant(np.float32([1, 1, 2, 2])), graph.constant(np.int64([0, 0, 0, -1]))
+    fast = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    if not graph.integer:
+        return graph.node("Resize", y, "", sides, **fast)
+    made = graph.node("Resize", graph.node("Reshape", graph.codes(y), same), "", sides, **fast)
+    return graph.dequantized(graph.node("Reshape", made, same))
+
+
+def _space_to_depth(graph: Graph, x: str, channels: int) -> str:
+    """Between layers; on codes the four parts of each block, joined."""
+    y = POINTWISE(graph, x, channels)
+    if not graph.integer:
+        return graph.conv(graph.node("SpaceToDepth", y, blocksize=2), 4 * channels, channels, 1)
+    axes, steps, ends = (graph.constant(np.int64(numbers)) for numbers in ([2, 3], [2, 2], [2**31, 2**31]))
+    starts = [graph.constant(np.int64(place)) for place in itertools.product((0, 1), repeat=2)]
+    parts = [graph.node("Slice", graph.codes(y), start, ends, axes, steps) for start in starts]
+    joined = graph.dequantized(graph.node("Concat", *parts, axis=1))
+    return graph.conv(joined, 4 * channels, channels, 1)
+
+
+def _narrowed(graph: Graph, x: str, channels: int) -> str:
+    """The layers around a SpaceToDepth, with as much work."""
+    return graph.conv(graph.conv(x, channels, 4 * channels, 1, stride=2), 4 * channels, channels, 1)
+
+
 def _silu(graph: Graph, x: str, channels: int) -> str:
     """x * Sigmoid(x), of which the runtime makes one operator in float."""
     y = POINTWISE(graph, x, channels)
@@ -218,6 +279,7 @@ class Kind:
 
     branches: links side by side, each pooled to one pixel, because they do not chain. flat: on vectors, not maps.
     bare: side by side, too, and without convolutions, whose layout the runtime would take over.
+    instead: another form of the link in integers; the link's own time in integers then stands in the place of float's.
     """
 
     link: Link
@@ -228,6 +290,7 @@ class Kind:
     bare: bool = False
     sides: tuple[int, ...] = SIDES
     channels: tuple[int, ...] = CHANNELS
+    instead: Link | None = None
 
 
 def _stem(kernel: int, inputs: int = 3, sides: tuple[int, int] = (28, 112)) -> Kind:
@@ -240,6 +303,16 @@ def _stem(kernel: int, inputs: int = 3, sides: tuple[int, int] = (28, 112)) -> K
         sides=sides,
         channels=(8, 16, 32, 64),
     )
+
+
+def _padded(kernel: int, inputs: int) -> Kind:
+    """A layer with `inputs` channels against one whose codes are padded to channels in fours."""
+    bare = _stem(kernel, inputs)
+    return replace(bare, instead=_padded_stem(inputs, kernel), channels=(16, 32, 64))
+
+
+def _alone(link: Link, base: Link) -> Kind:
+    return Kind(link, base, bare=True, sides=(14, 28, 56), channels=(16, 64))
 
 
 def _dense(kernel: int) -> Kind:
@@ -281,6 +354,14 @@ KINDS: dict[str, Kind] = {
     "stem7": _stem(7),
     "grey3": _stem(3, inputs=1, sides=(14, 56)),
     "grey5": _stem(5, inputs=1, sides=(14, 56)),
+    "pad3_1": _padded(3, 1),
+    "pad3_3": _padded(3, 3),
+    "pad3_6": _padded(3, 6),
+    "pad3_9": _padded(3, 9),
+    "pad7_3": _padded(7, 3),
+    "Resize": _alone(_resized, _halved),
+    "SpaceToDepth": _alone(_space_to_depth, _narrowed),
+    "Sub": _of_elements(_subtracted),
     "Add": _of_elements(_joined("Add")),
     "Mul": _of_elements(_joined("Mul")),
     "mul_constant": _of_elements(_mul_constant),
@@ -339,8 +420,9 @@ def _median_time(session: Any, feeds: dict[str, Any]) -> float:
 def link_cost(kind: Kind, channels: int, side: int) -> tuple[float, float]:
     """Microseconds of one link, less its base, in float and in integers: medians of differences within a round."""
     found = []
-    for integer in (False, True):
-        models = [chain(kind, kind.link, channels, side, n, integer=integer) for n in (SHORT, LONG)]
+    for other in (False, True):
+        integer, link = other or kind.instead is not None, kind.instead or kind.link if other else kind.link
+        models = [chain(kind, link, channels, side, n, integer=integer) for n in (SHORT, LONG)]
         if kind.base is not None:
             models += [chain(kind, kind.base, channels, side, n, integer=integer) for n in (SHORT, LONG)]
         times = microseconds(models)
@@ -424,7 +506,8 @@ def written(found: dict[str, Costs]) -> str:
             for kind, costs in table.items()
         )
         parts.append(f" {json.dumps(cpu)}: {{\n" + ",\n".join(lines) + "\n }")
-    head = {"about": told["about"], "measured": dict(sorted((told["measured"] | {cpu_class(): here}).items()))}
+    head = told | {"measured": dict(sorted((told["measured"] | {cpu_class(): here}).items()))}
+    del head["costs"]
     top = "".join(f"{json.dumps(key)}: {json.dumps(value, indent=1)},\n" for key, value in head.items())
     return "{\n" + top + '"costs": {\n' + ",\n".join(parts) + "\n}\n}\n"
 

@@ -69,7 +69,7 @@ def test_json_is_one_object_with_the_keys_of_the_contract(call: Qconv, tmp_path:
     assert set(found["size"]) == {"float", "quantized", "ratio"}
     assert set(found["verify"]) == {"images", "held_back", "sqnr_db", "agreement", "outputs", "heads", "labels"}
     assert [set(o) for o in found["verify"]["outputs"]] == [{"name", "kind", "sqnr_db", "agreement", "parts"}]
-    assert set(found["audit"]) == {"integer", "float", "islands", "placed", "us", "saturating", "slow"}
+    assert set(found["audit"]) == {"integer", "float", "islands", "placed", "us", "saturating", "slow", "on_codes"}
     assert [set(gate) for gate in found["gates"]] == [{"name", "want", "got", "held", "float", "float_held"}]
     assert {"load", "fold", "calibrate", "verify", "total"} <= set(found["time"])
     rows = {"changes": "step where what", "skipped": "step where why"}

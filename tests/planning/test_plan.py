@@ -97,6 +97,7 @@ BETWEEN: dict[str, tuple[str, dict[str, Constant]]] = {
     "MatMul": ("a = MatMul(c, u)", {"u": (6, 5)}),
     "Add": ("d = Conv(x, v) a = Add(c, d)", {"v": (4, 3, 1, 1)}),
     "Mul": ("d = Conv(x, v) a = Mul(c, d)", {"v": (4, 3, 1, 1)}),
+    "Sub": ("d = Conv(x, v) a = Sub(c, d)", {"v": (4, 3, 1, 1)}),
     "AveragePool": ("a = AveragePool<kernel_shape=[2,2]>(c)", {}),
     "GlobalAveragePool": ("a = GlobalAveragePool(c)", {}),
     "Identity": ("a = Identity(c)", {}),
@@ -117,6 +118,7 @@ BETWEEN: dict[str, tuple[str, dict[str, Constant]]] = {
     "Tile": ("a = Tile(c, n)", {"n": ints(1, 1, 2, 1)}),
     "Resize": ('a = Resize<mode="nearest">(c, , k)', {"k": np.float32([1, 1, 2, 2])}),
     "DepthToSpace": ("a = DepthToSpace<blocksize=2>(c)", {}),
+    "SpaceToDepth": ("a = SpaceToDepth<blocksize=2>(c)", {}),
     "HardSigmoid": ("a = HardSigmoid(c) m = Mul(c, a)", {}),
     "Concat": ("d = Conv(x, v) a = Concat<axis=1>(c, d)", {"v": (3, 3, 1, 1)}),
     # read elsewhere, too: a Relu or Clip that is the only reader is absorbed
@@ -130,6 +132,7 @@ BEHIND: dict[str, tuple[str, tuple[int, ...]]] = {
     "Flatten": ("Gemm(a, t)", (144, 2)),
     "Unsqueeze": ("Conv(d, t)", (2, 4, 1, 1)),
     "DepthToSpace": ("Conv(a, t)", (2, 1, 1, 1)),
+    "SpaceToDepth": ("Conv(a, t)", (2, 16, 1, 1)),
     "Concat": ("Conv(a, t)", (2, 7, 1, 1)),
     "HardSigmoid": ("Conv(m, t)", (2, 4, 1, 1)),
 }
