@@ -55,8 +55,8 @@ def _may_be_padded(layer: LayerPlan, plan: Plan) -> bool:
         return False
     if numbers.ndim != 4 or attribute(node, "group", 1) != 1 or weight is None or len(weight.uses()) != 1:
         return False
-    packed = plan.recipe.packs(layer.weight.bits)
-    return layer.weight.symmetric and not packed and not layer.blocked and not plan.has_channel_scales(layer.data)
+    zero_is_0 = layer.weight.symmetric or layer.moves_zero
+    return zero_is_0 and not layer.blocked and not plan.has_channel_scales(layer.data)
 
 
 def _cost_of_both(node: Node, work: float, table: CostTable) -> NodeCost | None:

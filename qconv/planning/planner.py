@@ -14,7 +14,7 @@ from qconv.config.choices import FLOAT_BITS, WIDE_BITS, Scheme
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
 from qconv.ir.gelu import find_gelus, keep_gelus_float
-from qconv.ir.model import DataType, Model, Node, Value, attribute, clip_bounds, constant_array, input_of
+from qconv.ir.model import DataType, Model, Node, Value, clip_bounds, constant_array, input_of
 from qconv.ir.operators import (
     CLIPPING_ACTIVATIONS,
     QUANTIZATION_RULES,
@@ -50,7 +50,7 @@ from qconv.planning.plan import (
     find_activation_gate,
 )
 from qconv.planning.widths import find_nodes_on_16_bits, holds_16_bits, specify_constants
-from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
+from qconv.quantizer import PerChannel, PerTensor, QuantSpec
 
 KEPT_FLOAT_BY_OPTION = "kept float by --keep-float"
 
@@ -174,27 +174,10 @@ class _Planner:
             rule = orient_rule(node, rule)
             spec = make_weight_spec(node, rule, self.recipe, self.target, self._least_bits(node))
             data = None if placed or self.recipe.activation_bits == 32 else node.inputs[0]
-            at_load = data is None and self._computes_at_load(node, spec)
+            at_load = data is None and computes_at_load(node, spec, self.recipe, self.target)
             own_bits = self.recipe.allocates_weights and spec.bits < 8 and isinstance(spec.granularity, PerChannel)
             moves_zero = not spec.symmetric and self.recipe.moves_zero(spec.bits)
             self.plan.layers.append(LayerPlan(node, rule, spec, data, at_load, own_bits, moves_zero))
-
-    def _computes_at_load(self, node: Node, spec: QuantSpec) -> bool:
-        """Whether the runtime makes float weights once, where it would do so at every run, or round activations, too.
-
-        ONNX Runtime makes MatMulNBits of dequantized weights of a MatMul, or of a Gemm that is one.
-        """
-        weight = constant_array(input_of(node, 1))
-        assert weight is not None
-        if isinstance(spec.granularity, PerBlock):
-            axis, size = spec.granularity.axis, spec.granularity.size
-            rows = weight.reshape(len(weight), -1).shape
-            if rows[axis] > size and rows[axis] % size:
-                return False
-        product = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
-        if product and self.recipe.allow_matmul_nbits:
-            return False
-        return self.target.folds_constants or (product and self.target.on_ort)
 
     def _least_bits(self, node: Node) -> int:
         """The bits of a layer where no glob gives it its own: `edge_bits` for the first and the last layer."""

@@ -4,7 +4,7 @@
 
 The network is quantized to weights of 4 and 2 bits and packed in every form. Each runtime that is installed here loads
 each file in a process of its own and runs it on one picture; SQNR is against ONNX Runtime on the same file. Runtimes:
-openvino, opencv-python-headless, MNN, tinygrad, iree-base-compiler with iree-base-runtime, pnnx with ncnn, onnx.
+openvino, opencv-python-headless, MNN, iree-base-compiler with iree-base-runtime, pnnx with ncnn, onnx.
 """
 
 from __future__ import annotations
@@ -56,14 +56,8 @@ tool = os.path.join(os.path.dirname(sys.executable), "mnnconvert")
 done = subprocess.run([tool, "-f", "ONNX", "--modelFile", path, "--MNNModel", out], capture_output=True, text=True)
 if not os.path.exists(out): raise RuntimeError("mnnconvert writes no file")
 net = MNN.nn.load_module_from_file(out, [name], [result])
-y = np.array(net.forward([MNN.expr.convert(MNN.expr.const(x, list(x.shape), MNN.expr.NCHW), MNN.expr.NC4HW4)])[0].read())
-""",
-    "tinygrad": """
-import os
-os.environ["DEV"] = "CPU"
-from tinygrad import Tensor
-from tinygrad.nn.onnx import OnnxRunner
-y = OnnxRunner(path)({name: Tensor(x)})[result].numpy()
+given = MNN.expr.convert(MNN.expr.const(x, list(x.shape), MNN.expr.NCHW), MNN.expr.NC4HW4)
+y = np.array(net.forward([given])[0].read())
 """,
     "iree-base-compiler": """
 import subprocess, tempfile, os
@@ -73,7 +67,8 @@ def tool(*words):
     done = subprocess.run([os.path.join(here, words[0]), *words[1:]], capture_output=True, text=True)
     if done.returncode: raise RuntimeError((done.stderr.strip().splitlines() or ["fails"])[0])
 tool("iree-import-onnx", path, "-o", mlir)
-tool("iree-compile", mlir, "--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu", "-o", vmfb)
+device = "--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu"
+tool("iree-compile", mlir, *device, "-o", vmfb)
 import iree.runtime as rt
 module = rt.load_vm_flatbuffer_file(vmfb, driver="local-task")
 names = [n for n in module.vm_module.function_names if not n.startswith("__") and "async" not in n]
@@ -86,7 +81,8 @@ folder = tempfile.mkdtemp(); copy = folder + "/m.onnx"; shutil.copy(path, copy)
 tool = os.path.join(os.path.dirname(sys.executable), "pnnx")
 subprocess.run([tool, copy, "inputshape=" + str(list(x.shape)).replace(" ", "")], capture_output=True, cwd=folder)
 net = ncnn.Net()
-if net.load_param(folder + "/m.ncnn.param") or net.load_model(folder + "/m.ncnn.bin"): raise RuntimeError("ncnn does not load what pnnx writes")
+if net.load_param(folder + "/m.ncnn.param") or net.load_model(folder + "/m.ncnn.bin"):
+    raise RuntimeError("ncnn does not load what pnnx writes")
 ex = net.create_extractor(); ex.input("in0", ncnn.Mat(x[0]))
 y = np.array(ex.extract("out0")[1])
 note = f"{os.path.getsize(folder + '/m.ncnn.bin') >> 10} KB"

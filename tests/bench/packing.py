@@ -2,8 +2,8 @@
 
     python -m tests.bench.packing [--data DIR] [--bits 4,2]
 
-Each network is quantized twice, packed and not, with `--edge-bits 4`. Loading is timed in processes of its own, in turns,
-as CPU time of one thread with ONNX Runtime; runs are timed in turns, too. Outputs have to be equal bit by bit.
+Each network is quantized twice, packed and not, with `--edge-bits 4`. Loading is timed in processes of its own, in
+turns, as CPU time of one thread with ONNX Runtime; runs are timed in turns, too. Outputs have to be equal bit by bit.
 """
 
 from __future__ import annotations
