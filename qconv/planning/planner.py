@@ -32,6 +32,7 @@ from qconv.planning.channel_padding import choose_padded_layers
 from qconv.planning.eligibility import (
     HEAD_REASON,
     NO_16_BIT_KERNEL,
+    computes_at_load,
     describe_inside,
     explain_refusal,
     find_shortcut_input,
