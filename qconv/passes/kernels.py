@@ -19,6 +19,11 @@ from qconv.ir.layers import Float64, Layer, check_finite, read_layer
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, input_of
 from qconv.ir.rewriting import settled_pads, standard_op_type, title
 
+LEAST_WEIGHT_DB, MOST_SAFE_WEIGHTS = 30.0, 150
+"""How well 8 bits hold the weights of a kernel with a tap of the identity, and up to how many weights a channel nothing
+can be wrong. RepVGG-A0 has 18.3 dB at the outputs with the identity in all kernels of 3x3, and 24.8 with it apart, in
+5 % more time; MobileOne-S0, whose dense kernels are 1x1, has 18.5 and 18.8, in a quarter more time."""
+
 Places = tuple[int, ...]
 """One number for each spatial axis."""
 
@@ -195,7 +200,31 @@ def why_apart(one: Kernel, other: Kernel) -> str:
         if any(a != b for n, m, a, b in pairs if min(n, m) > 1):
             return "{} has other dilations than {}"
         return "{} and {} take fewer multiplications apart"
+    if _is_scale(other) and _drowns_weights(one, other):
+        return "{} as one tap of {} would leave too few of 8 bits for the other weights"
     reach = [first + (n - 1) * step for first, n, step in zip(grid.first, grid.sizes, grid.dilations, strict=True)]
     if any(rest + last < 0 for rest, last in zip(one.rest, reach, strict=True)):
         return "{} pads to another size than {}"
     return ""
+
+
+def _is_scale(kernel: Kernel) -> bool:
+    """Whether it is the identity or a scale of each channel."""
+    return kernel.work == 0 or (prod(kernel.sizes) == 1 and kernel.groups == kernel.inputs == kernel.outputs)
+
+
+def _drowns_weights(one: Kernel, other: Kernel) -> bool:
+    """Whether rounding the sum of both to 8 bits a channel costs more than LEAST_WEIGHT_DB allows, and more than `one`.
+
+    With one scale for N weights w, and inputs of equal power, signal to noise is 12 * 127^2 |w|^2 / (N max w^2).
+    """
+    if one.weight[0].size < MOST_SAFE_WEIGHTS:
+        return False
+    return _weight_db(add_kernels(one, other)) < min(LEAST_WEIGHT_DB, _weight_db(one))
+
+
+def _weight_db(kernel: Kernel) -> float:
+    rows = kernel.weight.reshape(kernel.outputs, -1)
+    power, peak = np.square(rows).mean(axis=1), np.square(rows).max(axis=1)
+    share = np.divide(power, peak, out=np.ones_like(peak), where=peak > 0)
+    return float(10 * np.log10(12 * 127**2 * np.median(share)))

@@ -8,7 +8,9 @@ Kernels of other sizes and groups are one where that takes no more multiplicatio
 scale or x itself into any. The largest kernel keeps its name. Its statistics are those that were noted of the sum, or
 follow for it.
 
-x + f(x) stays where f has an activation.
+x + f(x) stays where f has an activation. And x, or a scale of it, is no tap of a dense kernel whose other weights are
+so many and so small that 8 bits a channel could not hold them beside it (`kernels.LEAST_WEIGHT_DB`): RepVGG loses 6 dB
+so. Into depthwise kernels it goes: RepViT-M0.9 has 17.2 dB with such taps and 14.4 without, FastViT-T8 28.0 and 27.3.
 
 Sources: Ding et al. 2021, arXiv 2101.03697 (RepVGG); Vasu et al. 2022, arXiv 2206.04040 (MobileOne); Ding et al. 2019,
 arXiv 1908.03930 (ACNet); Ding et al. 2021, arXiv 2103.13425 (diverse branch block).

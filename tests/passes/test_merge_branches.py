@@ -71,6 +71,7 @@ MERGED = {
                 " y = Add(s, r)", X, w=K3, u=K1, t=K1), "Sigmoid Conv Conv Add"),
     "x behind an activation": (network(f"z = Relu(x) a = Conv<{SAME}>(z, w) y = Add(z, a)", X, w=K3), "Relu Conv"),
     # kernels, pads, dilations, groups, axes
+    "x among many large weights": (network(f"a = {C3} y = Add(a, x)", (1, 32, 6, 6), w=(32, 32, 3, 3)), "Conv"),
     "1 place, x added": (network(f"a = {C1} y = Add(a, x)", X, u=K1), "Conv"),
     "dilated 3x3 and 1x1": (
         network(f"a = Conv<pads=[2,2,2,2], dilations=[2,2]>(x, w) b = {C1} y = Add(a, b)", X, w=K3, u=K1), "Conv"),
@@ -135,6 +136,7 @@ def test_the_largest_kernel_keeps_its_name() -> None:
     ]
 
 
+SMALL = np.random.default_rng(0).normal(0, 0.01, (32, 32, 3, 3)).astype(np.float32)
 REFUSED = {
     "other strides": (
         network("a = Conv<strides=[2,2]>(x, w) b = Conv<strides=[1,2]>(x, w) y = Add(a, b)", (2, 4, 1, 6), w=K1),
@@ -153,6 +155,9 @@ REFUSED = {
     "x between the taps": (
         network("a = Conv<pads=[1,1,1,1], dilations=[2,2]>(x, w) y = Add(a, x)", X, w=(4, 4, 2, 2)),
         "tensor x and Conv a take fewer multiplications apart"),
+    "x among many small weights": (
+        network(f"a = {C3} y = Add(a, x)", (1, 32, 6, 6), w=SMALL),
+        "tensor x as one tap of Conv a would leave too few of 8 bits for the other weights"),
     "columns and rows": (
         network("a = Conv<pads=[1,0,1,0]>(x, v) b = Conv<pads=[0,1,0,1]>(x, h) y = Add(a, b)",
                 X, v=(4, 4, 3, 1), h=(4, 4, 1, 3)),
