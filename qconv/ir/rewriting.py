@@ -86,6 +86,34 @@ def explicit_pads(node: Node, axes: int) -> list[int] | None:
     return [0] * (2 * axes) if auto == "VALID" else attribute(node, "pads") or [0] * (2 * axes)
 
 
+def settled_pads(conv: Node, data: Value) -> list[int]:
+    """Padding of a Conv that reads `data`, all beginnings first; auto_pad=SAME as it comes out for the size of these.
+
+    Raises EditRefused where the weights are computed, or where the padding depends on a size that is open.
+    """
+    weight = constant_array(conv.inputs[1])
+    if weight is None:
+        raise EditRefused(f"the weights of {describe_node(conv)} are computed")
+    kernel = weight.shape[2:]
+    pads = explicit_pads(conv, len(kernel))
+    if pads is not None:
+        return pads
+    ones = [1] * len(kernel)
+    strides, dilations = attribute(conv, "strides", ones), attribute(conv, "dilations", ones)
+    sizes = (dims(data) or [None] * (2 + len(kernel)))[2:]
+    before, after = [], []
+    for size, length, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
+        if size is None and stride != 1:
+            raise EditRefused(f"{describe_node(conv)} pads as its input's size asks for (auto_pad), which is open")
+        reach = (length - 1) * dilation
+        over = 1 if stride == 1 or size is None else size - (-(-size // stride) - 1) * stride
+        total = max(reach + 1 - over, 0)
+        begin = (total + (attribute(conv, "auto_pad") == "SAME_LOWER")) // 2
+        before.append(begin)
+        after.append(total - begin)
+    return before + after
+
+
 FARTHEST_ENDS = (2**31 - 1, 2**63 - 1)
 """Ends of a Slice that ONNX Runtime takes for the far end in either direction."""
 

@@ -43,14 +43,21 @@ from qconv.ir.model import (
     Node,
     Value,
     attribute,
-    constant_array,
     dims,
     drop_attribute,
     permute_dims,
     set_attribute,
     set_dims,
 )
-from qconv.ir.rewriting import EditRefused, describe_node, explicit_pads, reads_as_data, standard_op_type, title
+from qconv.ir.rewriting import (
+    EditRefused,
+    describe_node,
+    explicit_pads,
+    reads_as_data,
+    settled_pads,
+    standard_op_type,
+    title,
+)
 from qconv.passes import fold
 
 FLOAT_TYPES = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.DOUBLE})
@@ -285,7 +292,7 @@ def _fold_into_conv(head: _ModelHead, conv: Node, trace: _InputTrace, dtype: Dat
         raise EditRefused(f"{describe_node(conv)} pads with zeros, which no pixel stands for")
     if padded and head.exact and np.any(np.abs(trace.zero - zero) > WHOLE_NUMBER_TOLERANCE):
         raise EditRefused(f"{describe_node(conv)} pads with zeros, between two pixels, and runs in float all the same")
-    widths = _padding_widths(conv, head.codes) if padded and np.ptp(zero) else None
+    widths = settled_pads(conv, head.codes) if padded and np.ptp(zero) else None
     # Where the layer itself pads, all channels have this code. Elsewhere any would do: in the middle, what rounding
     # does to the weights is not multiplied by the mean of all pixels.
     middle = float(np.clip(np.rint(zero.mean()), 0, LARGEST_PIXEL))
@@ -302,28 +309,6 @@ def _fold_into_conv(head: _ModelHead, conv: Node, trace: _InputTrace, dtype: Dat
     return Change(
         "embed", title(conv), f"{FOLDED_NORMALISATION} it{border}", f"{FOLDED_NORMALISATION} the first Conv{border}"
     )
-
-
-def _padding_widths(conv: Node, data: Value) -> list[int]:
-    """The padding of a Conv: top, left, bottom, right. Raises EditRefused where it depends on the input's size."""
-    pads = explicit_pads(conv, 2)
-    if pads is not None:
-        return pads
-    weight = constant_array(conv.inputs[1])
-    assert weight is not None
-    strides, dilations = attribute(conv, "strides", [1, 1]), attribute(conv, "dilations", [1, 1])
-    sizes = (dims(data) or [None] * 4)[2:]
-    before, after = [], []
-    for size, length, stride, dilation in zip(sizes, weight.shape[2:], strides, dilations, strict=True):
-        if size is None and stride != 1:
-            raise EditRefused(f"{describe_node(conv)} pads as its input's size asks for (auto_pad), which is open")
-        reach = (length - 1) * dilation
-        over = 1 if stride == 1 or size is None else size - (-(-size // stride) - 1) * stride
-        total = max(reach + 1 - over, 0)
-        begin = (total + (attribute(conv, "auto_pad") == "SAME_LOWER")) // 2
-        before.append(begin)
-        after.append(total - begin)
-    return before + after
 
 
 def _pad_with_border(head: _ModelHead, zero: NDArray[np.uint8], widths: list[int]) -> Value:

@@ -58,6 +58,8 @@ from qconv.ir.rewriting import (
 )
 from qconv.passes import shuffles, simplify, slopes
 from qconv.passes.fold_columns import fold_into_columns
+from qconv.passes.merge_branches import merge_branches
+from qconv.passes.merge_layers import merge_layers
 from qconv.passes.share_weights import share_equal_weights
 
 
@@ -407,5 +409,7 @@ FLOAT_PASSES: tuple[Pass, ...] = (
     move_gains_back,
     fold_affine,
     fold_into_columns,
+    merge_branches,
+    merge_layers,
     simplify.divide_by_multiplying,
 )

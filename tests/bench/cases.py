@@ -248,8 +248,16 @@ SEEDED: Mapping[str, tuple[str, Case]] = {
 }
 """timm's name and the case of networks that `seeded_networks` makes; of `precision` alone."""
 
+BRANCHED: Mapping[str, tuple[str, Case]] = {
+    "mobileone_branched": ("mobileone_s0", _seeded("mobileone_branched")),
+    "repvgg_branched": ("repvgg_a0", _seeded("repvgg_branched")),
+    "repvit_branched": ("repvit_m0_9", _seeded("repvit_branched")),
+    "fastvit_branched": ("fastvit_t8", _seeded("fastvit_branched", 256)),
+}
+"""The same of networks in the form that they are trained in, with branches; of `branches` alone."""
+
 BY_NAME: Mapping[str, Case] = {
-    case.name: case for case in (*CASES, *TASK_CASES, *(case for _, case in SEEDED.values()))
+    case.name: case for case in (*CASES, *TASK_CASES, *(case for _, case in (*SEEDED.values(), *BRANCHED.values())))
 }
 
 

@@ -36,7 +36,17 @@ from qconv.ir.original import open_original
 from qconv.metrics.comparison import verify
 from qconv.runtime.session import Session
 from tests.bench import tasks, turns
-from tests.bench.cases import BY_NAME, REPOSITORY, SEEDED, Case, default_data, linked, pictures, require_data
+from tests.bench.cases import (
+    BRANCHED,
+    BY_NAME,
+    REPOSITORY,
+    SEEDED,
+    Case,
+    default_data,
+    linked,
+    pictures,
+    require_data,
+)
 
 REAL = (
     *("yolox_nano", "efficientnet_b0", "resnet20", "kerascnn", "mobilenetv2", "efficientnet_lite0", "fastestdet"),
@@ -62,7 +72,7 @@ class Places:
     models: Path | None
 
     def model(self, case: Case) -> Path:
-        made = case.name in (*SEEDED, *tasks.MADE)
+        made = case.name in (*SEEDED, *BRANCHED, *tasks.MADE)
         if made and self.models is None:
             sys.exit(f"Error: {case.name} is made, not shipped.\nHint:  pass --models DIR.")
         return ((self.models if made and self.models else self.data / "models") / case.model).resolve()

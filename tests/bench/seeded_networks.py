@@ -5,7 +5,7 @@
 Kernels are drawn as He et al. 2015 draw them, with variance 2 / fan-in; gammas of BatchNormalization are log-normal,
 betas normal, as spread as in trained networks. Layer scales and gammas that training starts from next to nothing are as
 others. Statistics of BatchNormalization are those of real pictures. Branches that are one kernel in the published
-inference form (RepViT, FastViT) are merged.
+inference form (RepViT, FastViT) are merged, but for the networks called `branched`, which are as they are trained.
 
 Three things are not as plain draws, since networks that nobody has trained amplify whatever they are given. In channels
 that hardly ever fire, or whose gate is shut on nearly all pictures, statistics blow up the one picture that does not:
@@ -31,9 +31,10 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.cases import SEEDED, Case, pictures
+from tests.bench.cases import BRANCHED, SEEDED, Case, pictures
 from tests.bench.ultralytics_models import AbsentFinder, set_statistics, standardize
 
+MADE = {**SEEDED, **BRANCHED}
 SEED = 0
 PICTURES = 128
 OPSET = 17
@@ -61,13 +62,13 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path, help="where NAME.onnx are written")
     parser.add_argument("--images", type=Path, required=True, help="folder with pictures")
-    parser.add_argument("--only", action="append", metavar="NAME", choices=SEEDED, help="this network; repeatable")
+    parser.add_argument("--only", action="append", metavar="NAME", choices=MADE, help="this network; repeatable")
     wanted = parser.parse_args()
     wanted.folder.mkdir(parents=True, exist_ok=True)
-    for name, (architecture, case) in SEEDED.items():
+    for name, (architecture, case) in MADE.items():
         if not wanted.only or name in wanted.only:
             fed = read_pictures(wanted.images, case)
-            network, raw = make(architecture, fed)
+            network, raw = make(architecture, fed, merged=name in SEEDED)
             path = wanted.folder / case.model
             export(network, fed[:1], path)
             said = run(path, fed)
@@ -81,8 +82,11 @@ def read_pictures(folder: Path, case: Case) -> Any:
     return torch.from_numpy(np.concatenate([case.prep(path) for path in pictures(folder, PICTURES)]))
 
 
-def make(architecture: str, fed: Any) -> tuple[Any, Any]:
-    """The network in PyTorch by timm's name, and what it says of the pictures before its last layer is made."""
+def make(architecture: str, fed: Any, *, merged: bool) -> tuple[Any, Any]:
+    """The network in PyTorch by timm's name, and what it says of the pictures before its last layer is made.
+
+    merged: its branches are one kernel each.
+    """
     sys.meta_path.append(AbsentTorchvision())
     import timm
     import torch
@@ -93,7 +97,8 @@ def make(architecture: str, fed: Any) -> tuple[Any, Any]:
     set_statistics(network, fed, network)
     raw = said_of(network, fed)
     read_components(network, fed)
-    timm.utils.reparameterize_model(network, inplace=True)
+    if merged:
+        timm.utils.reparameterize_model(network, inplace=True)
     return network, raw
 
 

@@ -291,7 +291,7 @@ def test_two_convs_read_the_pixels() -> None:
 MIXED: dict[str, tuple[str, Sequence[str], dict[str, Constant]]] = {
     "max pool": (f"p = MaxPool<kernel_shape=[2,2]>(x) y = Conv<{SAME}>(p, w, b)", ("y",), B),
     "transposed conv": ("y = ConvTranspose<strides=[2,2]>(x, v)", ("y",), {"v": (3, 4, 2, 2)}),
-    "added at the end": (f"c = Conv<{SAME}>(x, w) y = Add(c, x)", ("y",), {"w": (3, 3, 3, 3)}),
+    "added at the end": (f"c = Conv<{SAME}>(x, w) r = Relu(c) y = Add(r, x)", ("y",), {"w": (3, 3, 3, 3)}),
     "returned": (f"y = Conv<{SAME}>(x, w, b) z = Identity(x)", ("y", "z"), B),
     "clipped": (f"r = Relu(x) y = Conv<{SAME}>(r, w, b)", ("y",), B),
     "other constants": ("m = Mul(x, k) y = Conv(m, w, b)", ("y",), B | {"k": (12, 10)}),

@@ -129,8 +129,8 @@ SIMPLIFIED = {
     ),
     "cubic resize that grows": (network('y = Resize<mode="cubic">(x, , s)', s=np.float32([1, 1, 2, 1])), "Resize"),
     "pad before two": (
-        network("a = Pad(x, p) b = Conv(a, w) c = Conv(a, v) y = Add(b, c)", p=ints(0, 0, 1, 1, 0, 0, 1, 1), w=W, v=W),
-        "Conv Conv Add",
+        network("a = Pad(x, p) b = Conv(a, w) c = Conv(a, v) y = Mul(b, c)", p=ints(0, 0, 1, 1, 0, 0, 1, 1), w=W, v=W),
+        "Conv Conv Mul",
     ),
     "mean": (network("y = ReduceMean<axes=[2,3]>(x)"), "GlobalAveragePool"),
     "mean, rank 2": (network("y = ReduceMean<axes=[-1,-2], keepdims=0>(x)"), "GlobalAveragePool Flatten"),
@@ -236,8 +236,8 @@ AHEAD = {
     "Conv": (network(f"a = {BN}(x, {NORM}) y = Conv(a, w, b)", **statistics(3), w=W, b=(4,)), "Conv"),
     "grouped Conv": (network(f"a = {BN}(x, {NORM}) y = Conv<group=3>(a, w)", **statistics(3), w=(6, 1, 2, 2)), "Conv"),
     "two Convs": (
-        network(f"a = {BN}(x, {NORM}) b = Conv(a, w) c = Conv(a, v) y = Add(b, c)", **statistics(3), w=W, v=W),
-        "Conv Conv Add",
+        network(f"a = {BN}(x, {NORM}) b = Conv(a, w) c = Conv(a, v) y = Mul(b, c)", **statistics(3), w=W, v=W),
+        "Conv Conv Mul",
     ),
     "Gemm": (network(f"a = {BN}(x, {NORM}) y = Gemm(a, w)", x=(2, 5), **statistics(5), w=(5, 4)), "Gemm"),
     "MatMul": (network(f"a = {BN}(x, {NORM}) y = MatMul(a, w)", x=(2, 5), **statistics(5), w=(5, 4)), "Gemm"),
@@ -407,8 +407,8 @@ REFUSED = {
         Skipped("simplify", "a", "it crops"),
     ),
     "pad with another reader": (
-        network("a = Pad(x, p) c = Conv<pads=[1,1,1,1]>(a, w) y = Add(c, a)", p=PAD1, w=(3, 3, 3, 3)),
-        Skipped("simplify", "a", "Add y reads it too"),
+        network("a = Pad(x, p) c = Conv<pads=[1,1,1,1]>(a, w) y = Mul(c, a)", p=PAD1, w=(3, 3, 3, 3)),
+        Skipped("simplify", "a", "Mul y reads it too"),
     ),
     "pad that the model returns": (
         network("a = Pad(x, p) y = Conv(a, w)", p=PAD1, w=W, outputs=["y", "a"]),
@@ -578,9 +578,9 @@ def test_a_resize_that_makes_up_numbers_does_not_let_an_activation_through(resiz
 
 def test_shared_weights_are_copied():
     """Two Convs share weight and bias; only one of them is followed by a norm."""
-    body = f"a = Conv(x, w, b) c = {BN}(a, {NORM}) d = Conv(x, w, b) y = Add(c, d)"
+    body = f"a = Conv(x, w, b) c = {BN}(a, {NORM}) d = Conv(x, w, b) y = Mul(c, d)"
     model, _ = folded(network(body, **statistics(4), w=W, b=(4,)))
-    assert op_types(model) == "Conv Conv Add"
+    assert op_types(model) == "Conv Conv Mul"
     assert set(model.graph.initializers) == {"w", "b", "a_weight", "a_bias"}
 
 

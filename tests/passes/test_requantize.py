@@ -58,7 +58,7 @@ def test_what_the_model_returns_keeps_its_bits() -> None:
 
 def test_noise_of_few_bits_stays_out_of_the_stream(tmp_path: Path) -> None:
     """The branch adds nothing, so that d is b but for 8-bit codes; rounded to 3 bits y would have less than 25 dB."""
-    body = "a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Add(b, c) y = Conv(d, w)"
+    body = "a = Conv(x, w) b = Relu(a) k = Conv(b, v) c = Relu(k) d = Add(b, c) y = Conv(d, w)"
     proto = network(body, (1, 2, 4, 4), w=EYE, v=0 * EYE)
     rng = np.random.default_rng(0)
     for number in range(16):

@@ -119,7 +119,7 @@ KINDS: dict[str, tuple[onnx.ModelProto, int]] = {
     "square": (network("c = Conv(x, w, b) m = Mul(c, c) y = Conv(m, u)", **FOUR), 0),
     "returned": (network("c = Conv(x, w, b) r = Relu(c) y = Conv(r, u)", outputs=("y", "r"), **FOUR), 0),
     "input added": (
-        network("c = Conv(x, w, b) a = Add(c, x) y = Conv(a, u)", w=(3, 3, 1, 1), b=(3,), u=(2, 3, 1, 1)),
+        network("c = Conv(x, w, b) r = Relu(c) a = Add(r, x) y = Conv(a, u)", w=(3, 3, 1, 1), b=(3,), u=(2, 3, 1, 1)),
         0,
     ),
     "padded with ones": (

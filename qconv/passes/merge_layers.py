@@ -1,0 +1,88 @@
+"""This pass merges two layers without an activation between them into one that takes fewer multiplications, exactly.
+
+    V (W x + b) + c  =  (V W) x + (V b + c)
+
+One of two Convs has a single tap: 1x1 behind 1x1, 1x1 behind a larger kernel, or a larger one behind 1x1. Of two Gemms
+every pair will do. Whether multiplications are saved is counted, groups included: a pair that is wide in the middle
+becomes one, a pair that is narrow there stays, and so do a depthwise Conv and the 1x1 behind it. A kernel that pads
+with zeros cannot take in a bias b in front: its border reads zeros, and not b. The second layer keeps its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import gcd, prod
+
+from qconv.errors import Change
+from qconv.ir.layers import forget_input_means, input_means_of, set_input_means
+from qconv.ir.model import Model, Node, attribute, constant_array
+from qconv.ir.rewriting import EditRefused, data_input, describe_node, each_node, reads_as_data, standard_op_type, title
+from qconv.passes.kernels import Kernel, read_kernel, widen_groups, write_kernel
+from qconv.planning.work import count_rows, multiplications
+
+
+@each_node("merge", "Conv", "Gemm")
+def merge_layers(model: Model, node: Node) -> list[Change]:
+    """Merge a layer with the one before it, where that saves multiplications."""
+    data = data_input(node)
+    before = data.producer()
+    if before is None or model.sole_reader(data) is not node or not reads_as_data(node, data, model):
+        return []
+    if standard_op_type(before) != standard_op_type(node) or not _saves_work(before, node):
+        return []
+    first, second = read_kernel(before), read_kernel(node)
+    if not _is_pointwise(second) and not (_is_pointwise(first) and set(first.strides) == {1}):
+        return []
+    if first.bias.any() and any(second.pads):
+        if first.groups == first.outputs:  # a scale and shift: folding has given the reason
+            return []
+        raise EditRefused(f"it pads with zeros what {describe_node(before)} adds a bias to")
+    source, means = data_input(before), input_means_of(before)
+    write_kernel(model, node, source, _chain(first, second))
+    if isinstance(means, str):
+        forget_input_means(node)
+    else:
+        set_input_means(node, means)
+    model.remove(before)
+    kind = f"{before.op_type} merged into the {node.op_type} behind it"
+    return [Change("merge", title(node), f"{describe_node(before)} before it merged into it", kind)]
+
+
+def _saves_work(before: Node, node: Node) -> bool:
+    """Whether one layer takes fewer multiplications than both, by the shapes of weights and the sizes of maps.
+
+    Sizes that are open count as one: a stride then tells nothing.
+    """
+    sizes = []
+    for layer in (before, node):
+        numbers = constant_array(layer.inputs[1])
+        if numbers is None or not numbers.size or (standard_op_type(layer) == "Gemm" and numbers.ndim != 2):
+            return False
+        turned = standard_op_type(layer) == "Gemm" and not attribute(layer, "transB", 0)
+        outputs, inputs = numbers.shape[:2][:: -1 if turned else 1]
+        sizes.append((outputs, inputs * attribute(layer, "group", 1), prod(numbers.shape[2:])))
+    (_, inputs, taps), (outputs, _, more_taps) = sizes
+    groups = gcd(attribute(before, "group", 1), attribute(node, "group", 1))
+    one: int = outputs * (inputs // groups) * taps * more_taps
+    return one * count_rows(node) < multiplications([before, node])
+
+
+def _is_pointwise(kernel: Kernel) -> bool:
+    """Whether it has a single tap, on what it reads: no padding."""
+    return prod(kernel.sizes) == 1 and not any(kernel.pads)
+
+
+def _chain(first: Kernel, second: Kernel) -> Kernel:
+    """The kernel of both, one of which has a single tap, in as many groups as hold those of both."""
+    groups = gcd(first.groups, second.groups)
+    own = widen_groups(first.weight, first.groups, groups)  # (M, I/G, *sizes)
+    other = widen_groups(second.weight, second.groups, groups)  # (O, M/G, *sizes)
+    inner = own.reshape(groups, first.outputs // groups, own.shape[1], -1)  # (G, M/G, I/G, K)
+    outer = other.reshape(groups, second.outputs // groups, other.shape[1], -1)  # (G, O/G, M/G, L)
+    taps = outer.transpose(0, 3, 1, 2)[:, :, None] @ inner.transpose(0, 3, 1, 2)[:, None]  # (G, L, K, O/G, I/G)
+    host = first if _is_pointwise(second) else second
+    weight = taps.transpose(0, 3, 4, 1, 2).reshape(second.outputs, own.shape[1], *host.sizes)
+    bias = outer.sum(axis=3) @ first.bias.reshape(groups, -1, 1)  # (G, O/G, 1)
+    strides = tuple(a * b for a, b in zip(first.strides, second.strides, strict=True))
+    bias = bias.reshape(-1) + second.bias
+    return replace(host, weight=weight, bias=bias, groups=groups, strides=strides, work=weight.size)
