@@ -21,7 +21,7 @@ PACKAGE = Path(qconv.__file__).parent
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")}
 LINES = {name: len((PACKAGE / name).read_text("utf-8").splitlines()) for name in TREES}
 
-MOST_MODULES = 242
+MOST_MODULES = 248
 MOST_LINES, MOST_LINES_WITH_A_REASON = 450, 700
 MOST_LINES_OF_A_FUNCTION = 60
 
