@@ -3,12 +3,12 @@
 Standard operators unpack them. They read constants alone, so ONNX Runtime computes them once, when it loads the file,
 and finds the int8 codes that a file without packing has: layers run in integers as before, bit for bit.
 
-    int2, int4    codes -> Cast int8 [-> Add least]                          2 bits at opset 25, 4 bits at opset 21
-    bytes         bytes -> BitShift left -> BitShift right -> Reshape -> Cast int8 -> Add least    all bits and opsets
+    int2, int4    codes -> Cast int8 [-> Add least]                      2 bits at opset 25, 4 bits at opset 21
+    bytes         bytes -> BitShift right -> Mod -> Reshape -> Cast int8 -> Add least      all bits and opsets
 
-In bytes, byte j holds the codes j, j + n, j + 2n, ... from its upper bits down; shifted left by so many bits each and
-right by the rest, all n bytes give all codes in order. Codes of 3, 5, 6 and 7 bits are sums of planes of 4, 2 and 1.
-The least code, that of each channel where that takes fewer bits, is what codes are stored less of.
+In bytes, byte j holds the codes j, j + n, j + 2n, ... from its upper bits down; all n bytes, shifted down by so many
+bits each, give all codes in order. (A shift to the left is no way: OpenVINO 2026.4 lets it saturate.) Codes of 3, 5, 6
+and 7 bits are sums of planes of 4, 2 and 1. The least code, that of each channel where that takes fewer bits, is what codes are stored less of.
 
 Scales of biases, which are products of two scales that the file has, become products as well.
 """
@@ -208,11 +208,10 @@ class _Unpacking:
         count = -(-codes.size // a_byte)
         rows = np.zeros((a_byte, count), np.uint8)
         rows.reshape(-1)[: codes.size] = codes.reshape(-1)
-        lefts = np.arange(a_byte, dtype=np.uint8).reshape(-1, 1) * np.uint8(bits)
-        packed = np.bitwise_or.reduce(rows << (8 - bits - lefts), axis=0)
-        value = self._constant("packed", packed.astype(np.uint8))
-        value = self._step("BitShift", value, self._shared(f"lefts_{bits}", lefts), direction="LEFT")
-        value = self._step("BitShift", value, self._shared(f"right_{bits}", np.uint8(8 - bits)), direction="RIGHT")
+        downs = np.uint8(8 - bits) - np.arange(a_byte, dtype=np.uint8).reshape(-1, 1) * np.uint8(bits)
+        value = self._constant("packed", np.bitwise_or.reduce(rows << downs, axis=0).astype(np.uint8))
+        value = self._step("BitShift", value, self._shared("downs", downs), direction="RIGHT")
+        value = self._step("Mod", value, self._shared("codes", np.uint8(1 << bits)))
         if rows.size > codes.size:
             value = self._step("Reshape", value, self._shared("flat", np.array([-1])))
             ends = (self._shared(wish, np.array([end])) for wish, end in (("first", 0), ("behind", codes.size)))
@@ -375,6 +374,7 @@ _EVALUATED: dict[str, Callable[..., Any]] = {
     "Cast": _cast,
     "BitShift": _shift,
     "Reshape": lambda node, x, shape: x.reshape(shape),
+    "Mod": lambda node, x, y: np.mod(x, y),
     "Slice": lambda node, x, start, end: x[int(start[0]) : int(end[0])],
     "Add": lambda node, x, y: np.add(x, y, dtype=x.dtype),
     "Mul": lambda node, x, y: np.multiply(x, y, dtype=x.dtype),

@@ -52,7 +52,9 @@ def graph_of(codes: NDArray[np.int8], opset: int, *, at_load: bool, axis: int = 
 def unpacking_alone(packed: onnx.ModelProto) -> onnx.ModelProto:
     """What the runtime computes at load of it: the codes q."""
     probe = onnx.ModelProto.FromString(packed.SerializeToString())
-    steps = [node for node in probe.graph.node if node.op_type in ("Cast", "BitShift", "Reshape", "Slice", "Add")]
+    steps = [
+        node for node in probe.graph.node if node.op_type in ("Cast", "BitShift", "Mod", "Reshape", "Slice", "Add")
+    ]
     del probe.graph.node[:], probe.graph.input[:], probe.graph.output[:]
     probe.graph.node.extend(node for node in steps if node.output[0] != "z")
     probe.graph.output.append(onnx.helper.make_tensor_value_info("q", onnx.TensorProto.INT8, None))
