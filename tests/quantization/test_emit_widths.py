@@ -86,7 +86,7 @@ def test_a_border_the_other_way(x: NDArray) -> None:
 
 
 def test_a_residual_add_with_unlike_writers(x: NDArray) -> None:
-    found = divided("a = Conv(x, w) b = Conv(x, v) s = Add(a, b) y = Conv(s, w)", "b", v=EYE * np.float32(0.5))
+    found = divided("a = Conv(x, w) m = MaxPool<kernel_shape=[1,1]>(x) b = Conv(m, v) s = Add(a, b) y = Conv(s, w)", "b", v=EYE * np.float32(0.5))
     a, b = rounded(rounded(x, 8), 8, x), rounded(rounded(x / 2, 16), 8, x / 2)
     np.testing.assert_allclose(found.meant["y"], rounded(a + b, 8, 1.5 * x), atol=TOLERANCE)
     assert {node.name for node in conversions(found)} == {"x_8_bits_q", "b_8_bits_q"}
