@@ -92,7 +92,7 @@ def overflowing() -> onnx.ModelProto:
         x=PICTURE,
         w=drawn(1, 8, 3, 3, 3) * scale.reshape(-1, 1, 1, 1),
         b=bias,
-        u=drawn(3, 4, 8, 1, 1),
+        u=drawn(3, 4, 8, 1, 2),
     )
 
 

@@ -29,7 +29,7 @@ OPTIONS = {"target": "generic", "effort": "fast", "equalize": False, "layer_bits
 @pytest.fixture
 def files(samples: Path) -> tuple[Path, Path]:
     """c has 16 bits; Sigmoid g reads it so, and two layers read one copy of 8. Returns float model and result."""
-    body = """c = Conv(x, w) g = Sigmoid(c) s = Mul(c, g) d = Conv(c, u) e = Conv(c, v) f = Add(d, e)
+    body = """c = Conv(x, w) g = Sigmoid(c) s = Mul(c, g) d = Conv(c, u) e = Conv(c, v) f = Mul(d, e)
               h = Add(f, s) y = Conv(h, u)"""
     model = saved(network(body, x=("N", 3, 8, 8), w=(4, 3, 1, 1), u=(4, 4, 1, 1), v=(4, 4, 1, 1)), samples)
     return model, quantized(model, samples, **OPTIONS)
@@ -59,7 +59,7 @@ def test_errors_of_both_roundings_reach_the_output(files: tuple[Path, Path], sam
 
 def test_few_bits_of_layers_are_rows_too(samples: Path) -> None:
     """A stream of 8 bits that layers read with 4."""
-    body = "a = Conv(x, w) r = Relu(a) c = Conv(r, u) d = Add(r, c) y = Conv(d, u)"
+    body = "a = Conv(x, w) r = Relu(a) k = Conv(r, u) c = Relu(k) d = Add(r, c) y = Conv(d, u)"
     model = saved(network(body, x=("N", 3, 8, 8), w=(4, 3, 1, 1), u=(4, 4, 1, 1)), samples)
     found = compared(model, quantized(model, samples, activation_bits=4, effort="fast", equalize=False), samples)
     assert found.unmatched == ()

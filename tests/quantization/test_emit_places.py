@@ -25,7 +25,7 @@ BETWEEN = {
     "relu, then norm": "n = Relu(c) p = BatchNormalization(n, one, none, none, one)",
     "silu": "n = Sigmoid(c) p = Mul(c, n)",
     "scale": "n = Relu(c) p = Mul(n, six)",
-    "residual": f"r = Relu(c) d = Conv<{SAME}>(r, v) n = Add(d, r) p = Relu(n)",
+    "residual": f"r = Relu(c) d = Conv<{SAME}>(r, v) t = Relu(d) n = Add(t, r) p = Relu(n)",
     "joined": f"d = Conv<{SAME}>(x, w) j = Concat<axis=1>(c, d) i, h = Split<axis=1>(j) n = Add(h, i) p = Relu(n)",
     "joined and cut": f"d = Conv<{SAME}>(x, w) j = Concat<axis=1>(c, d) i, h = Split<axis=1>(j) p = Relu(i)",
     "two readers": "p = Relu(c)",

@@ -86,7 +86,11 @@ def test_a_border_the_other_way(x: NDArray) -> None:
 
 
 def test_a_residual_add_with_unlike_writers(x: NDArray) -> None:
-    found = divided("a = Conv(x, w) b = Conv(x, v) s = Add(a, b) y = Conv(s, w)", "b", v=EYE * np.float32(0.5))
+    """b is depthwise and has three taps, so that no layer stands for both."""
+    half = np.zeros((3, 1, 1, 3), np.float32)
+    half[..., 1] = 0.5
+    body = "a = Conv(x, w) b = Conv<group=3, pads=[0,1,0,1]>(x, v) s = Add(a, b) y = Conv(s, w)"
+    found = divided(body, "b", v=half)
     a, b = rounded(rounded(x, 8), 8, x), rounded(rounded(x / 2, 16), 8, x / 2)
     np.testing.assert_allclose(found.meant["y"], rounded(a + b, 8, 1.5 * x), atol=TOLERANCE)
     assert {node.name for node in conversions(found)} == {"x_8_bits_q", "b_8_bits_q"}

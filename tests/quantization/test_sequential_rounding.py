@@ -269,7 +269,7 @@ def test_the_same_bytes_again(samples: str) -> None:
 
 def test_shared_weights_are_rounded_together_and_say_so(samples: str) -> None:
     proto = network(
-        f"a = Conv<{SAME}>(x, w) b = Conv<{SAME}>(x, w) c = Add(a, b) y = Conv(c, u)",
+        f"a = Conv<{SAME}>(x, w) b = Conv<{SAME}>(x, w) c = Mul(a, b) y = Conv(c, u)",
         ("N", 3, 8, 8),
         w=(8, 3, 3, 3),
         u=(5, 8, 1, 1),

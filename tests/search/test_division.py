@@ -36,9 +36,9 @@ V = (4, 4, 1, 1)
 GENERIC = Recipe(target="generic", effort="fast", threads=1, equalize=False)
 BODY = """
 a = Conv(x, w) g = Sigmoid(a) s = Mul(a, g) b = Conv(s, v) r = Relu(b)
-c = Conv(r, v) d = Concat<axis=1>(c, s) e = Conv(d, u) y = Conv(e, v)
+c = Conv(r, v) d = Concat<axis=1>(c, s) e = Conv(d, u) y = Conv(e, z)
 """
-NET = network(BODY, (1, 3, 8, 8), w=(4, 3, 1, 1), v=V, u=(4, 8, 1, 1))
+NET = network(BODY, (1, 3, 8, 8), w=(4, 3, 1, 1), v=V, u=(4, 8, 1, 1), z=(4, 4, 1, 3))
 WIDE, FLOATS = ("a", "g", "s"), ("c", "e")
 
 

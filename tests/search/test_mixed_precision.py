@@ -127,7 +127,8 @@ def test_the_sqnr_asked_for_is_kept_and_the_next_smaller_point_does_not_keep_it(
 
 RESIDUAL = network(
     f"""
-    c = Conv<{SAME}>(x, w) r = Relu(c) d = Conv<{SAME}>(r, v) a = Add(r, d) e = Conv<{SAME}>(a, v2) b = Add(a, e)
+    c = Conv<{SAME}>(x, w) r = Relu(c) d = Conv<{SAME}>(r, v) s = Relu(d) a = Add(r, s)
+    e = Conv<{SAME}>(a, v2) t = Relu(e) b = Add(a, t)
     g = GlobalAveragePool(b) f = Flatten(g) y = Gemm(f, k)
     """,
     x=("N", 3, 8, 8),
