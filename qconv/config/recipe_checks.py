@@ -153,7 +153,7 @@ def check_target(recipe: Recipe) -> None:
         ("weight-scheme", recipe.weight_scheme or Scheme.SYMMETRIC, target.weight_schemes),
         ("activation-scheme", recipe.activation_scheme, target.activation_schemes),
         ("weight-granularity", recipe.weight_granularity, target.granularities),
-        ("pack", recipe.pack, {False, target.packs}),
+        ("pack", recipe.pack, {False, bool(target.packed_forms)}),
         ("embed-preprocessing", recipe.embed_preprocessing, {None, *(Layout if target.takes_pixels else ())}),
     )
     for option, value, accepted in demands:

@@ -87,6 +87,10 @@ CPU_COSTS = read_cost_tables(files("qconv.config").joinpath("cost_table.json").r
 """The committed tables, by the class of CPU."""
 
 
+PACKED_FORMS = frozenset({"int4", "int2", "bytes"})
+"""How codes of fewer than 8 bits can be packed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """A runtime. Sets hold what it accepts; `why` says in one sentence why no more.
@@ -105,6 +109,7 @@ class Target:
     candidate_activation_bits: what a tensor of a network with 8-bit activations may have in their place, 32 for float.
     fast_forms: whether what only ONNX Runtime's CPU provider was measured to run faster is written: codes padded with
     channels, operators between quantizer and dequantizer, negative scales. Other runtimes may not fuse around them.
+    packed_forms: of `ir.packed_codes`, which it takes and gets right.
     per_tensor_weight_ops: weights of these operators have one scale. saturates_int16_pairs: on x86 without VNNI it adds
     products in pairs of 16 bits.
     """
@@ -130,7 +135,7 @@ class Target:
     activation_schemes: frozenset[str] = frozenset({"symmetric", "asymmetric"})
     weight_schemes: frozenset[str] = frozenset({"symmetric", "asymmetric"})
     granularities: frozenset[str] = frozenset({"per-tensor", "per-channel", "per-block"})
-    packs: bool = True
+    packed_forms: frozenset[str] = PACKED_FORMS
     takes_pixels: bool = True
     why: str = ""
 
@@ -170,7 +175,7 @@ TARGETS: dict[str, Target] = {
         activation_schemes=frozenset({"symmetric"}),
         weight_schemes=frozenset({"symmetric"}),
         granularities=frozenset({"per-tensor", "per-channel"}),
-        packs=False,
+        packed_forms=frozenset(),
         takes_pixels=False,
         why="TensorRT takes int8 codes with zero point 0, one scale a tensor (a channel of weights), no uint8 input",
     ),
@@ -185,6 +190,7 @@ TARGETS: dict[str, Target] = {
         activation_bits=UP_TO_8_BITS | {32},
         candidate_activation_bits=frozenset({8, 32}),
         granularities=frozenset({"per-tensor", "per-channel"}),
+        packed_forms=frozenset({"int4"}),
         why="OpenVINO's integer layers have 8 bits and one scale a tensor or, for weights, a channel",
     ),
     "generic": Target("generic", float_ops=NO_FAST_FORMS, keeps_activations=True),

@@ -8,7 +8,8 @@ and finds the int8 codes that a file without packing has: layers run in integers
 
 In bytes, byte j holds the codes j, j + n, j + 2n, ... from its upper bits down; all n bytes, shifted down by so many
 bits each, give all codes in order. (A shift to the left is no way: OpenVINO 2026.4 lets it saturate.) Codes of 3, 5, 6
-and 7 bits are sums of planes of 4, 2 and 1. The least code, that of each channel where that takes fewer bits, is what codes are stored less of.
+and 7 bits are sums of planes of 4, 2 and 1. Codes are stored less the least one, or less that of each channel where
+this takes fewer bits.
 
 Scales of biases, which are products of two scales that the file has, become products as well.
 """
@@ -16,7 +17,7 @@ Scales of biases, which are products of two scales that the file has, become pro
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.choices import OLDEST_RUNTIME, PACKED_BITS
+from qconv.config.targets import PACKED_FORMS
 from qconv.errors import Change, Finding, format_count
 from qconv.ir.constants import freeze
 from qconv.ir.model import DataType, Model, Node, Value, attribute, input_of
@@ -103,12 +105,13 @@ def describe_packing(packed: Mapping[str, int]) -> list[Finding]:
     ]
 
 
-def pack_codes(model: Model, runtime: tuple[int, int]) -> dict[str, int]:
+def pack_codes(model: Model, runtime: tuple[int, int], forms: Collection[str] = PACKED_FORMS) -> dict[str, int]:
     """Pack the weight codes of a quantized model in place, those that become smaller. Returns bits by names.
 
     Args:
         model: With int8 codes. Its opset stays, and decides the form.
         runtime: The oldest ONNX Runtime that is to run the file, as (1, 23).
+        forms: Those that may be taken.
     """
     packed: dict[str, int] = {}
     done: set[Value] = set()
@@ -121,7 +124,7 @@ def pack_codes(model: Model, runtime: tuple[int, int]) -> dict[str, int]:
         if numbers is None or numbers.dtype != np.int8 or numbers.ndim < 2 or found.codes.is_graph_output():
             continue
         packing = _choose_packing(numbers, found.axis)
-        steps = _Unpacking(model, runtime, numbers.shape)
+        steps = _Unpacking(model, runtime, forms, numbers.shape)
         if packing.bits <= PACKED_BITS and steps.saving(packing) > 0:
             packed[found.codes.name or ""] = packing.bits
             steps.write(found.codes, packing)
@@ -149,18 +152,21 @@ def _choose_packing(codes: NDArray[np.int8], axis: int) -> _Packing:
 class _Unpacking:
     """Writes codes in a form that the runtime and the opset allow, and the operators behind it."""
 
-    def __init__(self, model: Model, runtime: tuple[int, int], shape: tuple[int, ...]) -> None:
+    def __init__(self, model: Model, runtime: tuple[int, int], forms: Collection[str], shape: tuple[int, ...]) -> None:
         self.model, self.shape = model, shape
         opset = model.opset
         self.small_sums = opset >= SMALL_SUM_OPSET and runtime >= SMALL_SUM_RUNTIME
         self.whole_types: dict[int, DataType] = {}
         for bits, kind in ((4, DataType.INT4), (2, DataType.INT2)):
-            if 0 < packing_opset(bits, runtime) <= opset:
+            if 0 < packing_opset(bits, runtime) <= opset and f"int{bits}" in forms:
                 self.whole_types[bits] = kind
+        self.takes_bytes = "bytes" in forms
         self.nodes: list[Node] = []
 
     def saving(self, packing: _Packing) -> int:
-        """The bytes by which the file becomes smaller, about."""
+        """The bytes by which the file becomes smaller, about; 0 where no form is left for these codes."""
+        if packing.bits not in self.whole_types and not self.takes_bytes:
+            return 0
         nodes = 2 if packing.bits in self.whole_types else 3 + 4 * len(_planes(packing.bits))
         packed = packing.codes.size * packing.bits / 8 + packing.least.size
         return int(packing.codes.size - packed - nodes * BYTES_OF_NODE)

@@ -208,7 +208,10 @@ def _write_better(setup: _TrainingSetup, source: Source, out: Path, found: Finet
     write_finetuning(setup.model, told)
     if setup.packed:
         recipe = recipe_from_dict(read_recipe(setup.model.inner.metadata_props))
-        pack_codes(setup.model, COMMON_RUNTIME if recipe is None else recipe.oldest_runtime)
+        if recipe is None:
+            pack_codes(setup.model, COMMON_RUNTIME)
+        else:
+            pack_codes(setup.model, recipe.oldest_runtime, TARGETS[recipe.target].packed_forms)
     with files.stage_model(setup.model, out) as staged:
         if best_step:
             files.check_staged_model(staged)

@@ -130,6 +130,16 @@ def test_codes_of_8_bits_and_small_layers_stay() -> None:
         assert model.proto().SerializeToString() == before
 
 
+@pytest.mark.parametrize(("bits", "needs", "kind"), [(4, None, "int4"), (4, "1.19", ""), (3, None, ""), (2, None, "")])
+def test_openvino_gets_the_form_that_it_reads_right(bits: int, needs: str | None, kind: str) -> None:
+    """OpenVINO 2026.4 loads no int2, and makes other numbers of bytes inside a network."""
+    found = wide(weight_bits=bits, pack=True, needs=needs, target="openvino")
+    kinds = {t.data_type for t in found.proto.graph.initializer}
+    assert (onnx.TensorProto.INT4 in kinds) is (kind == "int4")
+    assert onnx.TensorProto.INT2 not in kinds
+    assert "BitShift" not in {node.op_type for node in found.proto.graph.node}
+
+
 def test_one_tensor_of_two_layers_is_packed_once() -> None:
     codes = random_codes(4, moved=True, shape=(6, 6, 9, 9))
     body = "v = DequantizeLinear<axis=0>(q, s, z) c = Conv<pads=[4,4,4,4]>(x, v) y = Conv<pads=[4,4,4,4]>(c, v)"

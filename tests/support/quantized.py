@@ -132,7 +132,7 @@ class Quantized:
         self.model = model
         written = model.copy()
         if recipe.pack:
-            pack_codes(written, recipe.oldest_runtime)
+            pack_codes(written, recipe.oldest_runtime, TARGETS[recipe.target].packed_forms)
         self.proto: onnx.ModelProto = written.proto()
         onnx.checker.check_model(self.proto, full_check=True)
 

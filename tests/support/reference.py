@@ -107,7 +107,7 @@ def targets() -> str:
         cells = [_bits(target.weight_bits), _bits(target.activation_bits)]
         cells += [", ".join(sorted(found)) for found in (target.weight_schemes, target.activation_schemes)]
         cells += [", ".join(sorted(target.granularities, reverse=True))]
-        cells += ["yes" if able else "no" for able in (target.packs, target.takes_pixels)]
+        cells += [", ".join(sorted(target.packed_forms)) or "no", "yes" if target.takes_pixels else "no"]
         rows.append(f"| `{target.name}` | {' | '.join(cells)} | {', '.join(target.float_ops)} |")
     return "\n".join(rows) + "\n"
 
