@@ -14,7 +14,13 @@ from dataclasses import replace
 from math import gcd, prod
 
 from qconv.errors import Change
-from qconv.ir.layers import forget_input_means, input_means_of, set_input_means
+from qconv.ir.layers import (
+    channel_stats_of,
+    forget_input_means,
+    input_means_of,
+    set_channel_stats,
+    set_input_means,
+)
 from qconv.ir.model import Model, Node, attribute, constant_array
 from qconv.ir.rewriting import EditRefused, data_input, describe_node, each_node, reads_as_data, standard_op_type, title
 from qconv.passes.kernels import Kernel, read_kernel, widen_groups, write_kernel
@@ -37,7 +43,9 @@ def merge_layers(model: Model, node: Node) -> list[Change]:
         if first.groups == first.outputs:  # a scale and shift: folding has given the reason
             return []
         raise EditRefused(f"it pads with zeros what {describe_node(before)} adds a bias to")
-    source, means = data_input(before), input_means_of(before)
+    source, means, seen = data_input(before), input_means_of(before), channel_stats_of(data)
+    if seen is not None and _is_pointwise(second) and second.groups == second.outputs == second.inputs:
+        set_channel_stats(node.outputs[0], seen.scaled(second.weight.reshape(-1), second.bias))
     write_kernel(model, node, source, _chain(first, second))
     if isinstance(means, str):
         forget_input_means(node)

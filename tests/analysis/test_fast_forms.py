@@ -61,7 +61,7 @@ def test_compare_finds_every_tensor_and_weight(folder: Path) -> None:
     assert first.weights.clipped == 0
 
 
-FORMS = """c = Conv<pads=[1,1,1,1]>(x, w) d = Conv(x, v) s = Sub(c, d) e = Conv(s, u)
+FORMS = """c = Conv<pads=[1,1,1,1]>(x, w) o = Conv(x, v) d = Relu(o) s = Sub(c, d) e = Conv(s, u)
            r = Resize<mode="nearest">(e, , k) f = Conv(r, p) t = SpaceToDepth<blocksize=2>(f) h = Conv(t, q)
            g = GlobalAveragePool(h) y = Flatten(g)"""
 
@@ -88,8 +88,8 @@ def test_compare_finds_tensors_behind_operators_on_codes(tmp_path: Path) -> None
     found = compare.compare_on_images(*sources, data, Reporter()).compared
     assert found.unmatched == ()
     rows = {row.name: row for row in found.layers}
-    assert {"x", "c", "d", "s", "e", "f", "h"} <= set(rows)
-    assert all((rows[name].cosine or 0) > 0.999 for name in "xcdsefh")
-    assert all(rows[name].weights is not None for name in "cdefh")
+    assert {"x", "c", "o", "s", "e", "f", "h"} <= set(rows)
+    assert all((rows[name].cosine or 0) > 0.999 for name in "xcosefh")
+    assert all(rows[name].weights is not None for name in "coefh")
     layers = {layer.name: layer for layer in inspect_quantized(sources[1]).layers}
     assert all(layer.input.bits == 8 and layer.runs == "integer" for layer in layers.values())

@@ -154,7 +154,7 @@ def test_the_table_is_narrow_enough(place: Path) -> None:
         ("[a]\nweight-bits = [4, 8]", "not a valid integer"),
         ('[a]\nweight-bits = "four"', "not a valid integer"),
         ("[a]\nsamples = 4", "cannot differ from recipe to recipe"),
-        ("[a]\npack = true", "Packing stores int4"),
+        ("[a]\npack = true", "Pass --weight-bits 7"),
         ("[a]\neffort = { no = 1 }", "it takes texts and numbers"),
         ('["a/b"]', "cannot be part of a file's name"),
         ("[a", "is no TOML"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from tests.support.cli import CIFAR, PHOTOS, QUICK, Qconv, assert_error, net
 
 
 def test_audit_of_a_file_and_of_a_pipe(call: Qconv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qconv.planning.placement.LEAST_GAIN_SHARE", 0.01)  # some layers are left in float
+    monkeypatch.setattr("qconv.planning.placement.FLOAT_MARGIN", 0.9)  # some layers are left in float
+    for name in ("LEAST_GAIN_SHARE", "LEAST_GAIN_US"):
+        monkeypatch.setattr(f"qconv.planning.placement.{name}", -math.inf)
     out = tmp_path / "q.onnx"
     call("quantize", CIFAR, "--calib", PHOTOS, *QUICK, "--preprocess", "imagenet", "-o", out, "--quiet")
     text = call("audit", out).out.decode()

@@ -131,8 +131,8 @@ KINDS: dict[str, tuple[onnx.ModelProto, int]] = {
     ),
     "shuffled": (
         network(
-            "c = Conv(x, w, b) k = Reshape(c, apart) t = Transpose<perm=[0,2,1,3,4]>(k) m = Reshape(t, back)"
-            " y = Conv(m, u)",
+            "c = Conv(x, w, b) r = Relu(c) k = Reshape(r, apart) t = Transpose<perm=[0,2,1,3,4]>(k)"
+            " m = Reshape(t, back) y = Conv(m, u)",
             apart=ints(2, 2, 2, 6, 6), back=ints(2, 4, 6, 6), **FOUR,
         ),
         4,  # the shuffle went into the weights

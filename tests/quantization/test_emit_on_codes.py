@@ -115,11 +115,11 @@ BRANCHES = {"v": (8, 3, 1, 1)}
 @pytest.mark.parametrize(
     "body",
     [
-        "d = Conv(x, v) a = Sub(c, d)",
+        "o = Conv(x, v) d = Relu(o) a = Sub(c, d)",
         "d = GlobalAveragePool(c) a = Sub(c, d)",  # which is broadcast
         "d = GlobalAveragePool(c) a = Sub(d, c)",
         "a = Sub(c, c)",
-        "d = Conv(x, v) s = Sub(c, d) a = Relu(s)",
+        "o = Conv(x, v) d = Relu(o) s = Sub(c, d) a = Relu(s)",
     ],
 )
 def test_sub_is_an_add_of_negated_codes(body: str) -> None:
@@ -133,7 +133,7 @@ def test_sub_is_an_add_of_negated_codes(body: str) -> None:
 
 
 def test_who_else_reads_the_subtracted_codes_reads_them_as_they_are() -> None:
-    body = f"c = Conv<{SAME}>(x, w) d = Conv(x, v) s = Sub(c, d) e = Add(s, d) y = Conv(e, t)"
+    body = f"c = Conv<{SAME}>(x, w) o = Conv(x, v) d = Relu(o) s = Sub(c, d) e = Add(s, d) y = Conv(e, t)"
     proto = network(body, x=("N", 3, 8, 8), w=(8, 3, 3, 3), v=(8, 3, 1, 1), t=(4, 8, 1, 1))
     assert_exact(quantized(proto, weight_bits=7, edge_bits=7).check(), Sub=0, Add=2)
 
@@ -142,7 +142,7 @@ def test_who_else_reads_the_subtracted_codes_reads_them_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("body", "channels"),
     [
-        ("d = Conv(x, v) a = Sub(c, d)", 8),
+        ("o = Conv(x, v) d = Relu(o) a = Sub(c, d)", 8),
         ("a = SpaceToDepth<blocksize=2>(c)", 32),
         ('a = Resize<mode="nearest">(c, , k)', 8),
     ],
@@ -159,7 +159,7 @@ def test_other_runtimes_get_the_operators_themselves(target: str, body: str, cha
 
 def test_16_bits_are_left_to_float() -> None:
     proto = network(
-        f"c = Conv<{SAME}>(x, w) d = Conv(x, v) a = Sub(c, d) y = Conv(a, t)",
+        f"c = Conv<{SAME}>(x, w) o = Conv(x, v) d = Relu(o) a = Sub(c, d) y = Conv(a, t)",
         w=(8, 3, 3, 3),
         v=(8, 3, 1, 1),
         t=(4, 8, 1, 1),

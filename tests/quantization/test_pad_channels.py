@@ -163,7 +163,7 @@ def test_who_else_reads_the_codes_reads_them_without() -> None:
 
 def test_a_layer_in_the_middle_is_padded() -> None:
     """Six channels of another layer, whose codes the runtime has in NHWC."""
-    body = f"a = Conv<{SAME}>(x, u) c = Conv<{SAME}>(a, w) y = Conv(c, v)"
+    body = f"a = Conv<{SAME}>(x, u) c = Conv<{SAME}>(a, w) r = Relu(c) y = Conv(r, v)"
     proto = network(body, x=(2, 4, 8, 8), u=(6, 4, 3, 3), w=(16, 6, 3, 3), v=(4, 16, 1, 1))
     result = quantized(proto, **SEVEN_BITS).check()
     assert [layer.padded for layer in result.plan.layers] == [0, 8, 0]
