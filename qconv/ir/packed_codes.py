@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from qconv.config.choices import OLDEST_RUNTIME, PACKED_BITS
@@ -79,7 +80,8 @@ def packing_opset(bits: int, runtime: tuple[int, int]) -> int:
     """The opset in which codes of so many bits have a type of their own that this ONNX Runtime takes; 0 for none."""
     if bits == 4 and runtime >= INT4_RUNTIME:
         return INT4_OPSET
-    return INT2_OPSET if bits == 2 and runtime >= INT2_RUNTIME else 0
+    known = hasattr(onnx.TensorProto, "INT2")  # not to older versions of onnx, which write no such opset either
+    return INT2_OPSET if bits == 2 and runtime >= INT2_RUNTIME and known else 0
 
 
 def packing_runtime(model: Model) -> str | None:
