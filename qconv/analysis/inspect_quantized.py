@@ -206,7 +206,7 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         name, _, meaning = FILE_FORMATS[-1]
     counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model = load_unchanged(proto, source)
-    packed = unpack_codes(model)
+    packed = _packing_of_layers(model)
     take_back_fast_forms(model)  # layers then have the shapes of the float model
     recipe, placed = _drop_nan(read_recipe(carried)), read_placed_nodes(carried)
     reader = _LayerReader(model, recipe_from_dict(recipe) if recipe else None, size, packed)
@@ -233,6 +233,13 @@ def inspect_quantized(source: Source) -> QuantizedModel:
     )
 
 
+def _packing_of_layers(model: Model) -> dict[Node, PackedCodes]:
+    """How the codes of layers are stored that are packed; in the model they are unpacked in place."""
+    packed = unpack_codes(model)
+    found = ((node, find_stored_weights(model, node)) for node in (model.nodes() if packed else ()))
+    return {node: packed[weights.codes] for node, weights in found if weights is not None and weights.codes in packed}
+
+
 def _read_preprocessing(carried: Mapping[str, str]) -> dict[str, Any] | None:
     found = read_preprocessing_dict(carried)
     return None if found is None else _drop_nan(found)
@@ -246,10 +253,10 @@ def _drop_nan(told: Mapping[str, Any]) -> dict[str, Any]:
 class _LayerReader:
     """Reads layers in graph order. recipe: of a file by qconv. owned: constants that a layer has already.
 
-    packed: how codes are stored that are in the model as they are unpacked.
+    packed: how the codes of layers are stored, which are unpacked in the model.
     """
 
-    def __init__(self, model: Model, recipe: Recipe | None, size: int, packed: Mapping[Value, PackedCodes]) -> None:
+    def __init__(self, model: Model, recipe: Recipe | None, size: int, packed: Mapping[Node, PackedCodes]) -> None:
         self.model, self.recipe, self.size, self.packed = model, recipe, size, packed
         self.owned: set[Value] = set()
 
@@ -260,7 +267,7 @@ class _LayerReader:
         if weights is None:
             return None
         bias, bias_parts = self._bias(node, places)
-        packed = self.packed.get(weights.codes)
+        packed = self.packed.get(node)
         codes, scales = self._take([weights.codes]), self._take(weights.others)
         if packed is not None and codes:
             codes, scales = packed.codes, scales + packed.added

@@ -214,6 +214,11 @@ class Recipe:
         return room and TARGETS[self.target].moves_zero
 
     @property
+    def packed_forms(self) -> frozenset[str]:
+        """The forms of packed codes that the target takes."""
+        return TARGETS[self.target].packed_forms
+
+    @property
     def oldest_runtime(self) -> tuple[int, int]:
         """The oldest ONNX Runtime that the file may need, as (1, 30)."""
         return COMMON_RUNTIME if self.needs is None else parse_runtime(self.needs)

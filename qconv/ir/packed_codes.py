@@ -51,7 +51,7 @@ NOTHING_TO_PACK = "no codes take less than 8 bits, or all layers with such are t
 BYTES_OF_NODE = 80
 """What a node takes in the file, about: nothing is packed for less."""
 
-MOST_STEPS = 12
+MOST_STEPS = 16
 """So many operators are followed from packed codes to unpacked ones."""
 
 
@@ -91,7 +91,7 @@ def packing_runtime(model: Model) -> str | None:
         stored = constant_value(input_of(node, 0))
         if node.op_type == "Cast" and stored is not None and stored.dtype in (DataType.INT4, DataType.INT2):
             found.append(INT4_RUNTIME if stored.dtype == DataType.INT4 else INT2_RUNTIME)
-        elif node.op_type == "BitShift":
+        elif node.op_type == "BitShift" and stored is not None:
             found.append(OLDEST_RUNTIME)
         elif node.op_type == "Add" and (of := constant_value(input_of(node, 1))) is not None and of.dtype.bitwidth == 8:
             found.append(SMALL_SUM_RUNTIME)
@@ -117,6 +117,7 @@ def pack_codes(model: Model, runtime: tuple[int, int], forms: Collection[str] = 
     """
     packed: dict[str, int] = {}
     done: set[Value] = set()
+    unpacking = _Unpacking(model, runtime, forms)
     for node in model.nodes():
         found = find_stored_weights(model, node)
         if found is None or found.in_float or found.computed or found.codes in done:
@@ -126,10 +127,9 @@ def pack_codes(model: Model, runtime: tuple[int, int], forms: Collection[str] = 
         if numbers is None or numbers.dtype != np.int8 or numbers.ndim < 2 or found.codes.is_graph_output():
             continue
         packing = _choose_packing(numbers, found.axis)
-        steps = _Unpacking(model, runtime, forms, numbers.shape)
-        if packing.bits <= PACKED_BITS and steps.saving(packing) > 0:
+        if packing.bits <= PACKED_BITS and unpacking.saving(packing) > 0:
             packed[found.codes.name or ""] = packing.bits
-            steps.write(found.codes, packing)
+            unpacking.write(found.codes, packing)
     if packed:
         _compute_bias_scales(model)
     return packed
@@ -152,18 +152,18 @@ def _choose_packing(codes: NDArray[np.int8], axis: int) -> _Packing:
 
 
 class _Unpacking:
-    """Writes codes in a form that the runtime and the opset allow, and the operators behind it."""
+    """Writes codes in the forms that the runtime and the opset allow, and the operators behind them."""
 
-    def __init__(self, model: Model, runtime: tuple[int, int], forms: Collection[str], shape: tuple[int, ...]) -> None:
-        self.model, self.shape = model, shape
-        opset = model.opset
-        self.small_sums = opset >= SMALL_SUM_OPSET and runtime >= SMALL_SUM_RUNTIME
+    def __init__(self, model: Model, runtime: tuple[int, int], forms: Collection[str]) -> None:
+        self.model = model
+        self.small_sums = model.opset >= SMALL_SUM_OPSET and runtime >= SMALL_SUM_RUNTIME
         self.whole_types: dict[int, DataType] = {}
         for bits, kind in ((4, DataType.INT4), (2, DataType.INT2)):
-            if 0 < packing_opset(bits, runtime) <= opset and f"int{bits}" in forms:
+            if 0 < packing_opset(bits, runtime) <= model.opset and f"int{bits}" in forms:
                 self.whole_types[bits] = kind
         self.takes_bytes = "bytes" in forms
         self.nodes: list[Node] = []
+        self._shared: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
 
     def saving(self, packing: _Packing) -> int:
         """The bytes by which the file becomes smaller, about; 0 where no form is left for these codes."""
@@ -178,23 +178,13 @@ class _Unpacking:
         kind = self.whole_types.get(packing.bits)
         result = self._from_bytes(packing) if kind is None else self._from_whole(packing, kind)
         self.model.insert_first(*self.nodes)
+        self.nodes = []
         _take_place(self.model, codes, result)
 
     def _from_whole(self, packing: _Packing, kind: DataType) -> Value:
-        middle = 1 << (packing.bits - 1)
+        middle = np.int16(1 << (packing.bits - 1))
         stored = (packing.codes.astype(np.int16) - middle).astype(np.int8)
-        value = self._step("Cast", self._constant("packed", stored, kind), to=DataType.INT8)
-        return self._raised(value, packing.least + np.int16(middle))
-
-    def _raised(self, value: Value, least: NDArray[np.int16]) -> Value:
-        """Codes of 8 bits, wrapped around where the sum is beyond them, plus what they were stored less of."""
-        if not least.any():
-            return value
-        added = self._constant("least", least.astype(np.int8))
-        if self.small_sums:
-            return self._step("Add", value, added)
-        wide = (self._step("Cast", part, to=DataType.INT32) for part in (value, added))
-        return self._step("Cast", self._step("Add", *wide), to=DataType.INT8)
+        return self._raised(self.model.constant("packed", stored, kind), packing.least + middle)
 
     def _from_bytes(self, packing: _Packing) -> Value:
         whole: Value | None = None
@@ -203,12 +193,20 @@ class _Unpacking:
             kept -= bits
             part = self._plane((packing.codes >> np.uint8(kept)) & np.uint8((1 << bits) - 1), bits)
             if kept:
-                part = self._step("BitShift", part, self._shared("shift", np.uint8(kept)), direction="LEFT")
-            if not self.small_sums and packing.bits != bits:
+                part = self._step("BitShift", part, self._fixed("shift", np.uint8(kept)), direction="LEFT")
+            if not self.small_sums:
                 part = self._step("Cast", part, to=DataType.INT32)
             whole = part if whole is None else self._step("Add", whole, part)
         assert whole is not None
-        return self._raised(self._step("Cast", whole, to=DataType.INT8), packing.least)
+        return self._raised(whole, packing.least)
+
+    def _raised(self, value: Value, least: NDArray[np.int16]) -> Value:
+        """Codes plus what they were stored less of, as int8."""
+        if least.any():
+            kind = DataType.INT8 if self.small_sums else DataType.INT32
+            added = self.model.constant("least", least.astype(np.int8))
+            value = self._step("Add", *(self._step("Cast", part, to=kind) for part in (value, added)))
+        return self._step("Cast", value, to=DataType.INT8)
 
     def _plane(self, codes: NDArray[np.uint8], bits: int) -> Value:
         """Codes of 1, 2 or 4 bits out of bytes."""
@@ -217,33 +215,34 @@ class _Unpacking:
         rows = np.zeros((a_byte, count), np.uint8)
         rows.reshape(-1)[: codes.size] = codes.reshape(-1)
         downs = np.uint8(8 - bits) - np.arange(a_byte, dtype=np.uint8).reshape(-1, 1) * np.uint8(bits)
-        value = self._constant("packed", np.bitwise_or.reduce(rows << downs, axis=0).astype(np.uint8))
-        value = self._step("BitShift", value, self._shared("downs", downs), direction="RIGHT")
-        value = self._step("Mod", value, self._shared("codes", np.uint8(1 << bits)))
+        value = self.model.constant("packed", np.bitwise_or.reduce(rows << downs, axis=0).astype(np.uint8))
+        value = self._step("BitShift", value, self._fixed("downs", downs), direction="RIGHT")
+        value = self._step("Mod", value, self._fixed("codes", np.uint8(1 << bits)))
         if rows.size > codes.size:
-            value = self._step("Reshape", value, self._shared("flat", np.array([-1])))
-            ends = (self._shared(wish, np.array([end])) for wish, end in (("first", 0), ("behind", codes.size)))
+            value = self._step("Reshape", value, self._fixed("flat", np.array([-1])))
+            ends = (self._fixed(wish, np.array([end])) for wish, end in (("first", 0), ("behind", codes.size)))
             value = self._step("Slice", value, *ends)
-        return self._step("Reshape", value, self._shared("shape", np.array(self.shape)))
+        return self._step("Reshape", value, self._fixed("shape", np.array(codes.shape)))
 
     def _step(self, op_type: str, *inputs: Value, to: DataType | None = None, **attributes: Any) -> Value:
+        """What an operator makes of its inputs; what it reads, where it would cast that to the type that it has."""
+        if to is not None and inputs[0].dtype == to:
+            return inputs[0]
         given = attributes if to is None else {"to": int(to)}
-        node = self.model.build(op_type, list(inputs), name="packed_step", attributes=given)  # names weigh
+        # names weigh
+        node = self.model.build(
+            op_type, list(inputs), name="packed_step", attributes=given, dtype=to or inputs[0].dtype
+        )
         self.nodes.append(node)
         return node.outputs[0]
 
-    def _constant(self, wish: str, numbers: NDArray[Any], kind: DataType | None = None) -> Value:
-        return self.model.constant(wish, numbers, kind)
-
-    def _shared(self, wish: str, numbers: Any) -> Value:
-        """A constant that other unpackings read as well."""
+    def _fixed(self, wish: str, numbers: Any) -> Value:
+        """A constant that several unpackings may read."""
         wanted = np.asarray(numbers)
-        name = "_".join(["packed", wish, *map(str, wanted.reshape(-1) if wanted.size < 6 else [])])
-        known = self.model.graph.initializers.get(name)
-        stored = constant_numbers(known)
-        if known is not None and stored is not None and np.array_equal(stored, wanted):
-            return known
-        return self.model.constant(name, wanted)
+        key = wanted.dtype.str, wanted.shape, wanted.tobytes()
+        if key not in self._shared:
+            self._shared[key] = self.model.constant(wish, wanted)
+        return self._shared[key]
 
 
 def _planes(bits: int) -> list[int]:

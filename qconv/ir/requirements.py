@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qconv.config.choices import WeightGranularity
 from qconv.config.recipe import Recipe
-from qconv.config.targets import HIGHEST_OPSET, LOWERED_OPSET, LOWEST_OPSET, OPSETS, TARGETS, parse_runtime
+from qconv.config.targets import HIGHEST_OPSET, LOWERED_OPSET, LOWEST_OPSET, OPSETS, parse_runtime
 from qconv.errors import QconvError
 from qconv.ir.model import Model
 from qconv.ir.packed_codes import packing_opset, packing_runtime
@@ -22,8 +22,7 @@ def needed_opset(recipe: Recipe, own: int) -> int:
         own = LOWERED_OPSET
     needed = max(own, NEW_TYPES_OPSET if new_types else LOWEST_OPSET)
     if recipe.opset is None:
-        forms = TARGETS[recipe.target].packed_forms
-        packs = (bits for bits in recipe.bits_of_weights if recipe.pack and f"int{bits}" in forms)
+        packs = (bits for bits in recipe.bits_of_weights if recipe.pack and f"int{bits}" in recipe.packed_forms)
         return max([needed, *(packing_opset(bits, recipe.oldest_runtime) for bits in packs)])
     if recipe.opset < needed:
         what = "the model's own opset" if needed == own else "what these types need"

@@ -1,8 +1,8 @@
 """Finds where a layer's weights are stored in a quantized file, by whatever tool it was made.
 
 Q/DQ         integers -> DequantizeLinear [-> Reshape, Transpose ...] -> layer
-by qconv     integers -> Cast [-> Reshape] [-> Sub zero] -> Mul scale [-> Reshape] -> layer   (runs in float; the
-             runtime computes it at load)
+by qconv     integers -> Cast [-> Sub zero] -> Mul scale [-> Reshape] -> layer   (runs in float; the runtime computes it
+             at load, scales and zeros of blocks by Gather)
 not folded   floats -> QuantizeLinear -> DequantizeLinear -> layer  (the file holds float weights)
 QOperator, dynamic     integers, scale and zero point are inputs of the layer itself
 """
@@ -47,7 +47,7 @@ class Dequantizer:
 
     @property
     def scale_reader(self) -> Node:
-        """The node that reads the scale: its own, or the Unsqueeze in front of it."""
+        """The node that reads the scale: its own, or the Gather in front of it."""
         if any(value is self.scale for value in self.node.inputs):
             return self.node
         makers = (value.producer() for value in self.node.inputs if value is not None)
@@ -78,8 +78,7 @@ class Dequantizer:
 def read_dequantizer(value: Value | None) -> Dequantizer | None:
     """What makes a tensor of integers; None for all other tensors.
 
-    It is a DequantizeLinear, or Cast [-> Reshape] [-> Sub] -> Mul of constants, as qconv writes weights of layers that
-    run in float.
+    It is a DequantizeLinear, or Cast [-> Sub] -> Mul of constants, as qconv writes weights of layers that run in float.
     """
     node = None if value is None else value.producer()
     if node is None or node.op_type not in ("DequantizeLinear", "Mul"):
@@ -100,21 +99,17 @@ def _read_cast_sub_mul(node: Node) -> Dequantizer | None:
     if before is not None and before.op_type == "Sub":
         zero, value = at(before, 1), at(before, 0)
         before = None if value is None else value.producer()
-    blocks = None
-    if before is not None and before.op_type == "Reshape":
-        blocks, value = constant_numbers(at(before, 1)), at(before, 0)
-        before = None if value is None else value.producer()
     codes = at(before, 0) if before is not None and before.op_type == "Cast" else None
     stored = constant_value(codes)
+    spread = None if scale is None else scale.producer()
     scale, zero = _stored_part(scale), _stored_part(zero)
     numbers = constant_numbers(scale)
     if codes is None or stored is None or scale is None or numbers is None:
         return None
-    sizes = tuple(map(int, stored.shape))
-    if blocks is not None:
-        axis = next((i for i, size in enumerate(sizes) if i >= blocks.size or blocks[i] != size), 0)
-        return Dequantizer(node, codes, scale, zero, axis, int(blocks[axis + 1]), at_load=True)
-    shape = (1,) * (len(sizes) - numbers.ndim) + numbers.shape
+    if spread is not None and spread.op_type == "Gather":
+        block = int(np.count_nonzero(constant_numbers(at(spread, 1)) == 0))
+        return Dequantizer(node, codes, scale, zero, attribute(spread, "axis", 0), block, at_load=True)
+    shape = (1,) * (len(stored.shape) - numbers.ndim) + numbers.shape
     several = [axis for axis, size in enumerate(shape) if size > 1]
     if len(several) > 1:
         return None
@@ -122,9 +117,9 @@ def _read_cast_sub_mul(node: Node) -> Dequantizer | None:
 
 
 def _stored_part(value: Value | None) -> Value | None:
-    """A constant, through the Unsqueeze that those of blocks have behind them; None for everything else."""
+    """A constant scale or zero, through the Gather that repeats those of blocks; None for everything else."""
     node = None if value is None else value.producer()
-    if node is not None and node.op_type == "Unsqueeze":
+    if node is not None and node.op_type == "Gather" and constant_numbers(at(node, 1)) is not None:
         value = at(node, 0)
     return value if constant_value(value) is not None else None
 

@@ -20,7 +20,7 @@ from qconv.auditing.audit import PlannedReasons, audit, profile_nodes
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import option_name
 from qconv.config.recipe import Recipe
-from qconv.config.targets import TARGETS, Target
+from qconv.config.targets import Target
 from qconv.data.loader import DataLoader
 from qconv.errors import Finding, QconvError, Skipped, format_some
 from qconv.ir import files
@@ -80,7 +80,7 @@ def pack_written(model: Model, recipe: Recipe, reporter: Reporter) -> tuple[Mode
     if not recipe.pack:
         return model, []
     written = model.copy()
-    packed = pack_codes(written, recipe.oldest_runtime, TARGETS[recipe.target].packed_forms)
+    packed = pack_codes(written, recipe.oldest_runtime, recipe.packed_forms)
     if not packed:
         reporter.warn(f"--pack changes nothing: {NOTHING_TO_PACK}.")
     return written, describe_packing(packed)

@@ -253,18 +253,11 @@ def explain_dequantized_layer(layer: LayerPlan, plan: Plan, recipe: Recipe) -> s
     return None
 
 
-def computes_at_load(node: Node, spec: QuantSpec, recipe: Recipe, target: Target) -> bool:
+def computes_at_load(node: Node, recipe: Recipe, target: Target) -> bool:
     """Whether the runtime makes float weights once, where it would do so at every run, or round activations, too.
 
     ONNX Runtime makes MatMulNBits of dequantized weights of a MatMul, or of a Gemm that is one.
     """
-    weight = constant_array(input_of(node, 1))
-    assert weight is not None
-    if isinstance(spec.granularity, PerBlock):
-        axis, size = spec.granularity.axis, spec.granularity.size
-        rows = weight.reshape(len(weight), -1).shape
-        if rows[axis] > size and rows[axis] % size:
-            return False
     product = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
     if product and recipe.allow_matmul_nbits:
         return False

@@ -175,7 +175,7 @@ class _Planner:
             rule = orient_rule(node, rule)
             spec = make_weight_spec(node, rule, self.recipe, self.target, self._least_bits(node))
             data = None if placed or self.recipe.activation_bits == 32 else node.inputs[0]
-            at_load = data is None and computes_at_load(node, spec, self.recipe, self.target)
+            at_load = data is None and computes_at_load(node, self.recipe, self.target)
             own_bits = self.recipe.allocates_weights and spec.bits < 8 and isinstance(spec.granularity, PerChannel)
             moves_zero = not spec.symmetric and self.recipe.moves_zero(spec.bits)
             self.plan.layers.append(LayerPlan(node, rule, spec, data, at_load, own_bits, moves_zero))

@@ -1,7 +1,10 @@
 """Weights, biases and constant operands become codes and the nodes that make numbers of them.
 
-codes -> DequantizeLinear [-> Reshape] -> layer                 where the layer runs on codes, or takes blocks
-codes -> Cast [-> Sub zero] -> Mul scale -> layer               where the runtime is to compute floats at load
+    codes -> DequantizeLinear [-> Reshape] -> layer                     where the layer runs on codes
+    codes -> Cast [-> Sub zero] -> Mul scale [-> Reshape] -> layer      where the runtime is to compute floats at load
+
+Scales of blocks are gathered for every element along their axis. The second form also keeps MatMul and Gemm from
+becoming MatMulNBits, which rounds what it reads.
 """
 
 from __future__ import annotations
@@ -108,31 +111,23 @@ class ConstantWriter:
         parts = {"Mul": params.scale}
         if params.zero_point.any():
             parts = {"Sub": params.zero_point.astype(np.float32), **parts}
-        if isinstance(params.spec.granularity, PerBlock):
-            steps.append(self._cut_into_blocks(steps[0].outputs[0], codes, params, name))
         for op_type, numbers in parts.items():
-            part = self._part(numbers, params, len(dims(codes) or ()), spread)
+            part = self._part(numbers, params, [int(size or 0) for size in dims(codes) or ()], spread)
             steps.append(self.model.build(op_type, [steps[-1].outputs[0], part], name=f"{name}_{op_type}"))
         self.model.insert_first(*spread, *steps)
         return steps[-1].outputs[0]
 
-    def _cut_into_blocks(self, value: Value, codes: Value, params: QuantParams, name: str) -> Node:
-        assert isinstance(params.spec.granularity, PerBlock)
-        axis, sizes = params.spec.granularity.axis, [int(size or 0) for size in dims(codes) or ()]
-        count = params.scale.shape[axis]
-        sizes[axis : axis + 1] = count, sizes[axis] // count
-        shape = self.made.fixed("blocks", np.asarray(sizes, np.int64))
-        return self.model.build("Reshape", [value, shape], name=f"{name}_blocks")
-
-    def _part(self, numbers: NDArray[np.generic], params: QuantParams, axes: int, spread: list[Node]) -> Value:
-        """A scale or zero point, to be broadcast to weights. spread: gets the node that does so for blocks."""
+    def _part(self, numbers: NDArray[np.generic], params: QuantParams, sizes: list[int], spread: list[Node]) -> Value:
+        """A scale or zero point, to be broadcast to codes of these sizes. spread: gets what repeats those of blocks."""
         match params.spec.granularity:
             case PerChannel(axis):
-                return self.made.fixed("scale", numbers.reshape([-1 if i == axis else 1 for i in range(axes)]))
-            case PerBlock(axis, _):
-                behind = self.made.fixed("axis", np.array([axis + 1]))
+                return self.made.fixed("scale", numbers.reshape([-1 if i == axis else 1 for i in range(len(sizes))]))
+            case PerBlock(axis, size):
                 stored = self.made.fixed("scale", numbers)
-                spread.append(self.model.build("Unsqueeze", [stored, behind], name=f"{stored.name}_spread"))
-                return spread[-1].outputs[0]
+                blocks = self.made.fixed("blocks", np.arange(sizes[axis], dtype=np.int32) // size)
+                attributes = {"axis": axis}
+                gather = self.model.build("Gather", [stored, blocks], name=f"{stored.name}_each", attributes=attributes)
+                spread.append(gather)
+                return gather.outputs[0]
             case _:
-                return self.made.fixed("scale", numbers.reshape([1] * axes))
+                return self.made.fixed("scale", numbers.reshape([1] * len(sizes)))

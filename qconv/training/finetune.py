@@ -21,7 +21,7 @@ import torch
 
 from qconv import storage
 from qconv.auditing.audit import audit_file
-from qconv.config.choices import COMMON_RUNTIME
+from qconv.config.recipe import Recipe
 from qconv.config.serialization import recipe_from_dict
 from qconv.config.targets import TARGETS
 from qconv.data.dataset import LabelOptions, find_classes, labels_of
@@ -207,11 +207,8 @@ def _write_better(setup: _TrainingSetup, source: Source, out: Path, found: Finet
     told = {**found.request.as_dict(), "pictures": found.taught, "step": best_step}
     write_finetuning(setup.model, told)
     if setup.packed:
-        recipe = recipe_from_dict(read_recipe(setup.model.inner.metadata_props))
-        if recipe is None:
-            pack_codes(setup.model, COMMON_RUNTIME)
-        else:
-            pack_codes(setup.model, recipe.oldest_runtime, TARGETS[recipe.target].packed_forms)
+        recipe = recipe_from_dict(read_recipe(setup.model.inner.metadata_props)) or Recipe()
+        pack_codes(setup.model, recipe.oldest_runtime, recipe.packed_forms)
     with files.stage_model(setup.model, out) as staged:
         if best_step:
             files.check_staged_model(staged)

@@ -117,12 +117,16 @@ def test_codes_of_all_bits_come_back(
     np.testing.assert_array_equal(back["q"], codes)
 
 
-@pytest.mark.parametrize("count", range(1, 9))
-def test_counts_that_fill_no_byte_are_cut(count: int) -> None:
-    codes = random_codes(3, moved=False, shape=(count, 1, 63, 33))
+@pytest.mark.parametrize("runtime", [(1, 19), (1, 22)])
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_counts_that_fill_no_byte_are_cut(count: int, bits: int, runtime: tuple[int, int]) -> None:
+    codes = random_codes(bits, moved=False, shape=(count, 3, 63, 133))
+    codes[0, 0, 0, 0] = 0
     model = reopened(graph_of(codes, 17, at_load=False))
-    assert pack_codes(model, (1, 19)) == {"q": 3}
-    unpack_codes(model)
+    assert pack_codes(model, runtime) == {"q": bits}
+    assert "Slice" in {node.op_type for node in model.nodes()} or codes.size % 8 == 0
+    assert [packed.bits for packed in unpack_codes(model).values()] == [bits]
     back = {t.name: onnx.numpy_helper.to_array(t) for t in model.proto().graph.initializer}
     np.testing.assert_array_equal(back["q"], codes)
 
@@ -165,16 +169,35 @@ def test_packed_layers_run_in_integers_and_bit_for_bit(bits: int, needs: str | N
     assert packed.proto.ByteSize() < plain.proto.ByteSize()
 
 
-@pytest.mark.parametrize("granularity", ["per-tensor", "per-channel", "per-block"])
+@pytest.mark.parametrize(
+    ("granularity", "block"), [("per-tensor", 32), ("per-channel", 32), ("per-block", 32), ("per-block", 27)]
+)
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
-def test_weights_alone_are_computed_at_load(bits: int, granularity: str) -> None:
-    """Nothing is left of the codes in the network that runs, and the numbers are those of the codes."""
-    options = {"weight_bits": bits, "activation_bits": 32, "weight_granularity": granularity, "block_size": 32}
+def test_weights_alone_are_computed_at_load(bits: int, granularity: str, block: int) -> None:
+    """Nothing is left of the codes in the network that runs, and the numbers are those of the codes.
+
+    Blocks of 27 leave a short one in each row.
+    """
+    options = {"weight_bits": bits, "activation_bits": 32, "weight_granularity": granularity, "block_size": block}
     packed, plain = wide(**options, pack=True), wide(**options)
     assert set(packed.runs) == set(plain.runs) <= {"Conv", "FusedConv", "ReorderInput", "ReorderOutput"}
     for name, result in plain.got.items():
         np.testing.assert_array_equal(packed.got[name], result)
         np.testing.assert_allclose(result, plain.meant[name], rtol=1e-4, atol=1e-5 * np.abs(result).max())
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "generic"])
+@pytest.mark.parametrize(("granularity", "block"), [("per-channel", 32), ("per-block", 32), ("per-block", 20)])
+def test_products_of_weights_alone_round_nothing_but_the_weights(granularity: str, block: int, target: str) -> None:
+    """ONNX Runtime would make MatMulNBits of them, which it does where it is allowed to."""
+    proto = network("h = MatMul(x, w) r = Relu(h) y = Gemm(r, v)", x=(4, 64), w=(64, 96), v=(96, 32))
+    samples = pictures((4, 64))
+    options = {"activation_bits": 32, "weight_granularity": granularity, "block_size": block, "target": target}
+    exact = quantized(proto, samples, **options)
+    assert "MatMulNBits" not in exact.runs
+    np.testing.assert_allclose(exact.got["y"], exact.meant["y"], rtol=1e-4, atol=1e-5 * np.abs(exact.got["y"]).max())
+    allowed = quantized(proto, samples, **options, allow_matmul_nbits=True)
+    assert "DequantizeLinear" in {node.op_type for node in allowed.proto.graph.node}
 
 
 def test_scales_of_biases_are_not_stored_twice() -> None:

@@ -132,7 +132,7 @@ class Quantized:
         self.model = model
         written = model.copy()
         if recipe.pack:
-            pack_codes(written, recipe.oldest_runtime, TARGETS[recipe.target].packed_forms)
+            pack_codes(written, recipe.oldest_runtime, recipe.packed_forms)
             skip_without("onnxruntime", packing_runtime(written) or "1.19", "this form of packed codes does")
         self.proto: onnx.ModelProto = written.proto()
         onnx.checker.check_model(self.proto, full_check=True)

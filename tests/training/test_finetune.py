@@ -322,6 +322,9 @@ def test_every_kind_of_file_can_be_trained(place: Path, tmp_path: Path, more: di
     quantize(str(place / "net.onnx"), quant, *few(place, **more))
     found = finetune(source(quant), out, request(place, teacher=source(place / "net.onnx"), epochs=6))
     assert found.history
+    if "pack" in more:
+        for written in (quant, out):
+            assert onnx.TensorProto.INT4 in {tensor.data_type for tensor in onnx.load(written).graph.initializer}
     if found.trained:
         assert found.after is not None
         assert found.after.mark.distance < found.before.mark.distance
