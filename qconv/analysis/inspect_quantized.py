@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from qconv.ir.metadata import read_placed_nodes, read_preprocessing_dict, read_r
 from qconv.ir.model import Model, Node, Value
 from qconv.ir.model import input_of as at
 from qconv.ir.operators import CLIPPING_ACTIVATIONS
-from qconv.ir.packed_codes import PackedCodes, unpack_codes
+from qconv.ir.packed_codes import PackedCodes, Unpacked, unpack_codes
 from qconv.ir.stored_weights import (
     DYNAMIC_OPS,
     FLOAT_FORMAT,
@@ -206,10 +206,12 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         name, _, meaning = FILE_FORMATS[-1]
     counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model = load_unchanged(proto, source)
-    packed = _packing_of_layers(model)
+    stored = sum(map(constant_bytes, iter_constants(model)))
+    unpacked = unpack_codes(model)
+    packed = _packing_of_layers(model, unpacked)
     take_back_fast_forms(model)  # layers then have the shapes of the float model
     recipe, placed = _drop_nan(read_recipe(carried)), read_placed_nodes(carried)
-    reader = _LayerReader(model, recipe_from_dict(recipe) if recipe else None, size, packed)
+    reader = _LayerReader(model, recipe_from_dict(recipe) if recipe else None, size, packed, unpacked.scales)
     layers = tuple(row for node in model.nodes() if (row := reader.row(node)) is not None)
     owned = sum(layer.bytes for layer in layers)
     return QuantizedModel(
@@ -229,15 +231,15 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         placed=len(placed),
         for_accuracy=sum(FOR_ACCURACY in why for why in placed.values()),
         layers=layers,
-        other_constants=sum(constant_bytes(value) for value in iter_constants(model)) - owned,
+        other_constants=stored - owned,
     )
 
 
-def _packing_of_layers(model: Model) -> dict[Node, PackedCodes]:
-    """How the codes of layers are stored that are packed; in the model they are unpacked in place."""
-    packed = unpack_codes(model)
-    found = ((node, find_stored_weights(model, node)) for node in (model.nodes() if packed else ()))
-    return {node: packed[weights.codes] for node, weights in found if weights is not None and weights.codes in packed}
+def _packing_of_layers(model: Model, unpacked: Unpacked) -> dict[Node, PackedCodes]:
+    """How the codes of layers are stored that are packed in the file."""
+    found = ((node, find_stored_weights(model, node)) for node in (model.nodes() if unpacked.codes else ()))
+    stored = ((node, None if weights is None else unpacked.codes.get(weights.codes)) for node, weights in found)
+    return {node: packing for node, packing in stored if packing is not None}
 
 
 def _read_preprocessing(carried: Mapping[str, str]) -> dict[str, Any] | None:
@@ -253,11 +255,19 @@ def _drop_nan(told: Mapping[str, Any]) -> dict[str, Any]:
 class _LayerReader:
     """Reads layers in graph order. recipe: of a file by qconv. owned: constants that a layer has already.
 
-    packed: how the codes of layers are stored, which are unpacked in the model.
+    packed: how the codes of layers are stored, which are unpacked in the model. computed: constants that are not in the
+    file.
     """
 
-    def __init__(self, model: Model, recipe: Recipe | None, size: int, packed: Mapping[Node, PackedCodes]) -> None:
-        self.model, self.recipe, self.size, self.packed = model, recipe, size, packed
+    def __init__(
+        self,
+        model: Model,
+        recipe: Recipe | None,
+        size: int,
+        packed: Mapping[Node, PackedCodes],
+        computed: Collection[Value],
+    ) -> None:
+        self.model, self.recipe, self.size, self.packed, self.computed = model, recipe, size, packed, computed
         self.owned: set[Value] = set()
 
     def row(self, node: Node) -> QuantizedLayerRow | None:
@@ -303,7 +313,7 @@ class _LayerReader:
 
     def _take(self, values: list[Value]) -> int:
         """Sum the bytes of constants that no layer owns yet, and own them."""
-        new = [value for value in dict.fromkeys(values) if value not in self.owned]
+        new = [value for value in dict.fromkeys(values) if value not in self.owned and value not in self.computed]
         self.owned.update(new)
         return sum(map(constant_bytes, new))
 

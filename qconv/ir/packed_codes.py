@@ -300,12 +300,20 @@ def _compute_constant(
 # -- taking apart ------------------------------------------------------------------------------------------------------
 
 
-def unpack_codes(model: Model) -> dict[Value, PackedCodes]:
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """What was computed of others: codes, with how they were stored; and scales and zeros, which were not."""
+
+    codes: dict[Value, PackedCodes] = field(default_factory=dict)
+    scales: set[Value] = field(default_factory=set)
+
+
+def unpack_codes(model: Model) -> Unpacked:
     """Put constants in the place of what a file computes of packed codes, and of products of scales.
 
-    Returns how the codes of tensors were stored. Other models stay as they are.
+    Other models stay as they are.
     """
-    found: dict[Value, PackedCodes] = {}
+    found = Unpacked()
     for node in model.nodes():
         to_float = node.op_type == "Cast" and attribute(node, "to") == DataType.FLOAT
         if not to_float and node.op_type != "DequantizeLinear":
@@ -320,7 +328,9 @@ def unpack_codes(model: Model) -> dict[Value, PackedCodes]:
             constant = freeze(model, value, numbers)
             model.remove_unread([value.producer()])
             if numbers.dtype == np.int8 and numbers.size:
-                found[constant] = read.packing(numbers.size)
+                found.codes[constant] = read.packing(numbers.size)
+            else:
+                found.scales.add(constant)
             for part in (*read.joined, *read.others):
                 if not part.uses() and not part.is_graph_output():
                     model.graph.initializers.pop(part.name or "", None)

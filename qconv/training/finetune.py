@@ -163,7 +163,7 @@ class _TrainingSetup:
         if demands_outputs(request):  # what is not there is better said before the work
             _require_measures(own.session.outputs, other, request)
         model, (floats, _) = load.load_unchanged(read_proto(source), source), load.load(read_proto(teacher), teacher)
-        recipe, packed = recipe_from_dict(read_recipe(model.inner.metadata_props)), bool(unpack_codes(model))
+        recipe, packed = recipe_from_dict(read_recipe(model.inner.metadata_props)), bool(unpack_codes(model).codes)
         learned = LearnedParameters(find_sites(model, recipe), device)
         networks = TorchNetwork(model, device), TorchNetwork(floats, device)
         words, fixed = other.words, other.feed.inputs[0].shape[0]

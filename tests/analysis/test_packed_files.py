@@ -22,10 +22,10 @@ from tests.support.models import network
 
 BODY = """c = Conv<pads=[1,1,1,1], strides=[2,2]>(x, w, b) r = Relu(c) d = Conv<pads=[1,1,1,1]>(r, v) s = Relu(d)
           g = GlobalAveragePool(s) f = Flatten(g) y = Gemm(f, u)"""
-SHAPES = {"w": (96, 3, 3, 3), "b": (96,), "v": (48, 96, 3, 3), "u": (48, 80)}
-CODES = {"c": 96 * 3 * 9, "d": 48 * 96 * 9, "y": 48 * 80}
+SHAPES = {"w": (48, 3, 3, 3), "b": (48,), "v": (48, 48, 3, 3), "u": (48, 80)}
+CODES = {"c": 48 * 3 * 9, "d": 48 * 48 * 9, "y": 48 * 80}
 OPTIONS = {"preprocessing": PreprocessingOptions("imagenet")}
-FORMS = {"int4": ("4", None), "bytes": ("3", None), "bytes by int32": ("5", "1.19")}
+FORMS = {"int4": ("4", None), "bytes": ("3", None), "bytes by int32": ("4", "1.19")}
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -35,9 +35,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         skip_without("onnxruntime", "1.23", "this form of packed codes does")
     place = tmp_path_factory.mktemp("packed")
     for number in range(12):
-        level = np.random.default_rng(number).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+        level = np.random.default_rng(number).integers(0, 256, (48, 48, 3)).astype(np.uint8)
         Image.fromarray(level).save(place / f"{number}.png")
-    onnx.save(network(BODY, ("N", 3, 16, 16), **SHAPES), place / "net.onnx")
+    onnx.save(network(BODY, ("N", 3, 48, 48), **SHAPES), place / "net.onnx")
     data = DataOptions((str(place),), **OPTIONS)
     recipe = {"threads": 1, "weight_bits": int(bits), "edge_bits": int(bits), "float_budget": 0.0, "needs": needs}
     for name, pack in (("plain", False), ("packed", True)):

@@ -108,7 +108,7 @@ def test_codes_of_all_bits_come_back(
     x = np.ones((1, 6, 8, 8), np.float32)
     results = [Session(p.SerializeToString(), threads=1).run(["y"], {"x": x})[0] for p in (plain, packed)]
     np.testing.assert_array_equal(*results)
-    (found,) = unpack_codes(model).items()
+    (found,) = unpack_codes(model).codes.items()
     assert found[1].bits == bits
     assert found[1].codes == -(-codes.size * bits // 8)
     assert found[1].added == (len(codes) if moved else 0 if bits in (2, 4) and 0 < whole <= opset else 1)
@@ -126,7 +126,7 @@ def test_counts_that_fill_no_byte_are_cut(count: int, bits: int, runtime: tuple[
     model = reopened(graph_of(codes, 17, at_load=False))
     assert pack_codes(model, runtime) == {"q": bits}
     assert "Slice" in {node.op_type for node in model.nodes()} or codes.size % 8 == 0
-    assert [packed.bits for packed in unpack_codes(model).values()] == [bits]
+    assert [packed.bits for packed in unpack_codes(model).codes.values()] == [bits]
     back = {t.name: onnx.numpy_helper.to_array(t) for t in model.proto().graph.initializer}
     np.testing.assert_array_equal(back["q"], codes)
 
