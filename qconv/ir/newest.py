@@ -60,3 +60,8 @@ def _means_the_same(node: onnx.NodeProto, newer: int, older: int) -> bool:
         return True
     fits = len(node.input) <= before.max_input and len(node.output) <= before.max_output
     return fits and all(attribute.name in before.attributes for attribute in node.attribute)
+
+
+def known_opset() -> int:
+    """The highest opset that the installed onnx knows, and writes models in."""
+    return int(defs.onnx_opset_version())

@@ -7,9 +7,9 @@ and finds the int8 codes that a file without packing has: layers run in integers
     bytes         bytes -> BitShift right -> Mod -> Reshape -> Cast int8 -> Add least      all bits and opsets
 
 In bytes, byte j holds the codes j, j + n, j + 2n, ... from its upper bits down; all n bytes, shifted down by so many
-bits each, give all codes in order. (A shift to the left is no way: OpenVINO 2026.4 lets it saturate.) Codes of 3, 5, 6
-and 7 bits are sums of planes of 4, 2 and 1. Codes are stored less the least one, or less that of each channel where
-this takes fewer bits.
+bits each, give all codes in order. (A shift to the left is no way: OpenVINO 2026.4 lets it saturate. It rounds one to
+the right in weights of a Gemm.) Codes of 3, 5, 6 and 7 bits are sums of planes of 4, 2 and 1. Codes are stored less the
+least one, or less that of each channel where this takes fewer bits.
 
 Scales of biases, which are products of two scales that the file has, become products as well.
 """
@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from qconv.config.choices import OLDEST_RUNTIME, PACKED_BITS
@@ -30,6 +29,7 @@ from qconv.config.targets import PACKED_FORMS
 from qconv.errors import Change, Finding, format_count
 from qconv.ir.constants import freeze
 from qconv.ir.model import DataType, Model, Node, Value, attribute, input_of
+from qconv.ir.newest import known_opset
 from qconv.ir.stored_weights import (
     constant_bytes,
     constant_numbers,
@@ -80,7 +80,7 @@ def packing_opset(bits: int, runtime: tuple[int, int]) -> int:
     """The opset in which codes of so many bits have a type of their own that this ONNX Runtime takes; 0 for none."""
     if bits == 4 and runtime >= INT4_RUNTIME:
         return INT4_OPSET
-    known = hasattr(onnx.TensorProto, "INT2")  # not to older versions of onnx, which write no such opset either
+    known = known_opset() >= INT2_OPSET
     return INT2_OPSET if bits == 2 and runtime >= INT2_RUNTIME and known else 0
 
 

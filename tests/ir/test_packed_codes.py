@@ -141,7 +141,7 @@ def test_codes_of_8_bits_and_small_layers_stay() -> None:
 
 @pytest.mark.parametrize(("bits", "needs", "kind"), [(4, None, "int4"), (4, "1.19", ""), (3, None, ""), (2, None, "")])
 def test_openvino_gets_the_form_that_it_reads_right(bits: int, needs: str | None, kind: str) -> None:
-    """OpenVINO 2026.4 loads no int2, and makes other numbers of bytes inside a network."""
+    """OpenVINO 2026.4 loads no int2, and makes other numbers of bytes in the weights of a Gemm."""
     found = wide(weight_bits=bits, pack=True, needs=needs, target="openvino")
     kinds = {t.data_type for t in found.proto.graph.initializer}
     assert (onnx.TensorProto.INT4 in kinds) is (kind == "int4")
