@@ -18,8 +18,8 @@ from qconv.config.recipe import Recipe
 from qconv.errors import Change, Finding
 from qconv.ir import layers
 from qconv.ir.model import Node, Value, constant_array, input_of
-from qconv.ir.operators import operator
-from qconv.planning.plan import LayerPlan, Plan, count_channels
+from qconv.ir.operators import QUANTIZATION_RULES, ConcatRule, operator
+from qconv.planning.plan import DisjointSets, LayerPlan, Plan, count_channels, data_inputs
 from qconv.planning.widths import COPY
 from qconv.quantization import weight_ranges
 from qconv.quantization.layer import LayerInput, LayerParams, WeightReader, quantize_readers
@@ -27,6 +27,13 @@ from qconv.quantizer import PerBlock, PerChannel, QuantParams, QuantSpec
 from qconv.results.quantize import TensorRow
 
 LARGEST_MULTIPLIER = 200.0
+
+MOST_WIDENED_TO_JOIN = 1.25
+"""How much larger steps may become so that a Concat copies codes.
+
+To round codes anew adds step^2 / 12 to the noise of what the Concat reads, at each of a chain of them; larger steps add
+(1.25^2 - 1) step^2 / 12 once.
+"""
 
 NO_SET_RANGES: Mapping[str, Range] = MappingProxyType({})
 
@@ -57,6 +64,7 @@ def choose_activation_params(
     params = Params()
     ranges = choose_ranges(plan, sketches, recipe, set_ranges)
     findings = _clip_at_gates(plan, ranges)
+    _share_joined_ranges(plan, ranges)
     _widen_average_ranges(plan, ranges)
     _hold_what_copies_read(plan, ranges)
     for value, (low, high) in ranges.items():
@@ -182,6 +190,36 @@ def _clip_at_gates(plan: Plan, ranges: dict[Value, Range]) -> list[Finding]:
             what = f"range ends at {floor:.3g} instead of {low:.3g}: the activation behind it makes the rest zero"
             findings.append(Change("params", value.name or "", what, "range ends where the activation behind is zero"))
     return findings
+
+
+def _share_joined_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
+    """Give what a Concat reads and writes one range where theirs are near, so that it copies codes.
+
+    `Plan.ties` has the inputs that nothing else reads. Where one has other readers, its range counts for these, too.
+    """
+    groups, joined = plan.group_of(), DisjointSets[Value]()
+    least: dict[Value, float] = {}  # the smallest step that a member of each set had
+    for result in plan.activations:
+        node = result.producer()
+        rule = None if node is None else QUANTIZATION_RULES.get(node.op_type)
+        if node is None or node not in plan.integer or not isinstance(rule, ConcatRule) or result in plan.given:
+            continue
+        spec = _activation_spec(plan, result)
+        for value in data_inputs(node, rule):
+            if value not in ranges or value in plan.given or _activation_spec(plan, value) != spec:
+                continue
+            roots = [joined.root(groups[one][0]) for one in (result, value)]
+            if roots[0] == roots[1]:
+                continue
+            ends = [ranges[root] for root in roots]
+            smallest = min(least.get(root, float(spec.from_range(*ranges[root]).scale)) for root in roots)
+            union = min(low for low, _ in ends), max(high for _, high in ends)
+            if float(spec.from_range(*union).scale) <= MOST_WIDENED_TO_JOIN * smallest:
+                joined.union(*roots)
+                ranges[joined.root(roots[0])], least[joined.root(roots[0])] = union, smallest
+    for value in ranges:
+        if value not in plan.given:
+            ranges[value] = ranges[joined.root(groups[value][0])]
 
 
 def _widen_average_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
