@@ -138,7 +138,7 @@ def run_float_passes(model: Model, *, for_ort: bool = False) -> list[Finding]:
     if for_ort:
         for run in (slopes.slopes_to_layers, simplify.open_hard_swishes, simplify.clip_at_layers):
             found += run(model)
-        for run in (simplify.whole_maximum_to_pool, simplify.take_first_of_block):
+        for run in (simplify.whole_maximum_to_pool, simplify.steps_to_pool, simplify.take_first_of_block):
             found += run(model)
     share_equal_weights(model)
     model.sweep()

@@ -35,6 +35,7 @@ from qconv.ir.model import (
 )
 from qconv.ir.operators import operator
 from qconv.ir.rewriting import (
+    FARTHEST_ENDS,
     EditRefused,
     Pass,
     data_input,
@@ -42,6 +43,7 @@ from qconv.ir.rewriting import (
     each_node,
     explicit_pads,
     reads_as_data,
+    slices_of,
     standard_op_type,
     title,
     uses_only_first_output,
@@ -53,7 +55,7 @@ from qconv.planning.saturating_line import find_saturating_line
 HALF_PIXEL = ("half_pixel", "pytorch_half_pixel", "half_pixel_symmetric")
 """Frames of Resize that are one by whole factors; that of PyTorch differs in outputs of length 1 alone."""
 
-PLACEWISE_OPS = ("Relu", "Clip", "Add", "Mul", "Sigmoid", "LeakyRelu", "HardSigmoid")
+PLACEWISE_OPS = ("Relu", "Clip", "Add", "Mul", "Sigmoid", "LeakyRelu", "HardSigmoid", "MaxPool", "Pad")
 
 
 def _bypass(model: Model, node: Node) -> None:
@@ -180,6 +182,43 @@ def _is_made_by_layers(value: Value) -> bool:
             waiting += before
             seen.update(before)
     return True
+
+
+@each_node("simplify", "Slice")
+def steps_to_pool(model: Model, node: Node) -> list[Change]:
+    """Replace Slices that take each n-th place of a map that layers make by a MaxPool of single places.
+
+    Its integer kernel works on the layout of convolutions, and one node does both axes.
+    """
+    strides, data = _strides_of(node), data_input(node)
+    before = data.producer()
+    if strides is None or any(_strides_of(reader) for reader in model.readers(node.outputs[0])):
+        return []
+    if before is not None and (more := _strides_of(before)) is not None and model.sole_reader(data) is node:
+        strides, data = [a * b for a, b in zip(strides, more, strict=True)], data_input(before)
+    if not _is_made_by_layers(data):
+        return []
+    model.become(node, "MaxPool", [data], {"kernel_shape": [1, 1], "strides": strides})
+    model.sweep()
+    return [Change("simplify", title(node), "Slice of each n-th place became a MaxPool of single places")]
+
+
+def _strides_of(node: Node) -> list[int] | None:
+    """The steps of a Slice of (N, C, H, W) that takes each n-th place from the first on; None for any other node."""
+    sizes = dims(node.inputs[0]) if standard_op_type(node) == "Slice" and node.inputs[0] is not None else None
+    if sizes is None or len(sizes) != 4:
+        return None
+    try:
+        parts = slices_of(node, 4)
+    except EditRefused:
+        return None
+    if not {2, 3}.issuperset(parts) or all(step == 1 for _, _, step in parts.values()):
+        return None
+    for axis, (start, end, step) in parts.items():
+        size = sizes[axis]
+        if start != 0 or step < 1 or not (end in FARTHEST_ENDS or (size is not None and end >= size)):
+            return None
+    return [parts[axis][2] if axis in parts else 1 for axis in (2, 3)]
 
 
 @each_node("simplify", "Resize")
