@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.ir.fast_normalization import find_normalization
 from qconv.ir.model import DataType, Node, Value, attribute, clip_bounds, constant_array, input_of
 from qconv.ir.operators import (
     CLIPPING_ACTIVATIONS,
@@ -56,6 +57,13 @@ PLAIN_LAYOUT_POOL = FloatReason(
 def find_float_reason(node: Node) -> FloatReason:
     """The first rule that keeps a node of a Q/DQ graph in float."""
     return next((found for rule in _FUSION_RULES if (found := rule(node)) is not None), UNKNOWN_REASON)
+
+
+def _check_normalization(node: Node) -> FloatReason | None:
+    ending = find_normalization(node)
+    if ending is None:
+        return None
+    return FloatReason("no-kernel", f"of {ending.name}, an LRN in faster operators: LRN has no integer kernel")
 
 
 def _check_kernel(node: Node) -> FloatReason | None:
@@ -277,6 +285,7 @@ def _find_weight_dequantizer(node: Node) -> Node | None:
 
 
 _FUSION_RULES: tuple[Callable[[Node], FloatReason | None], ...] = (
+    _check_normalization,
     _check_channel_scales,
     _check_kernel,
     _check_special_cases,

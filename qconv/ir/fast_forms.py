@@ -3,6 +3,7 @@
     codes -> Pad of channels with the zero point -> DequantizeLinear -> Conv        weights with zeros for them
     codes (N, 3, H, W) -> Gather of channels 0, 1, 2, 1 -> DequantizeLinear -> Conv
     a - b as Add of a, and of b read with the negated scale
+    LRN as a sum of squares and square roots, see `fast_normalization`
 
 Of three channels the second is there twice, and each of its weights on one side, with zero on the other. So no two
 products are added in 16 bits that were not before, which on CPUs without VNNI saturates (`quantization.saturation`).
@@ -10,7 +11,7 @@ Those that are follow a row of kernel places with three channels each:
 
     0 1 | 2 0' | 1' 2'    at even places (0 1) (2 -), at odd ones (0 -) (2 1)
 
-`pad_layer` writes the first, `take_back_fast_forms` takes back both, without a number changed. Whoever reads a
+`pad_layer` writes the first, `take_back_fast_forms` takes back all, without a number changed. Whoever reads a
 quantized file beside its float model, by tensors or by weights, takes them back first: then shapes and signs are those
 of the float model.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.ir.fast_normalization import close_normalizations
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of, set_dims
 from qconv.ir.rewriting import standard_op_type
 from qconv.ir.stored_weights import Dequantizer, read_dequantizer
@@ -102,6 +104,7 @@ def _dequantizer_of(model: Model, known: Dequantizer, codes: Value, name: str, l
 def take_back_fast_forms(model: Model) -> None:
     """Write a quantized model as it is without its fast forms, in place."""
     drop_channel_padding(model)
+    close_normalizations(model)
     for node in model.nodes():
         made = read_dequantizer(input_of(node, 1)) if standard_op_type(node) == "Add" else None
         scale = None if made is None or made.at_load else constant_array(made.scale)

@@ -53,8 +53,8 @@ from qconv.planning.planner import is_quantizable_layer, replan
 from qconv.planning.work import measure_shares_in_float
 from qconv.quantization.emit import emit
 from qconv.quantization.layer_rounding import choose_rounding_effort
-from qconv.quantization.pad_channels import pad_channels
 from qconv.quantization.parameters import make_tensor_rows
+from qconv.quantization.write_fast_forms import write_fast_forms
 from qconv.reporter import Reporter
 from qconv.results.float_share import FloatShare
 from qconv.results.precision import PrecisionReport
@@ -353,7 +353,7 @@ class _QuantizationRun:
             with self.clock.step("reconstruct"):
                 self.findings += self._reconstruct(before, pictures.feed)
         with self.clock.step("emit"):
-            self.findings += pad_channels(model, plan)
+            self.findings += write_fast_forms(model, plan)
             self.findings += compress_constants(model)
             said = recipe.as_dict(pictures.data)
             write_metadata(

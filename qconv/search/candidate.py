@@ -34,9 +34,9 @@ from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan, replan
 from qconv.quantization.emit import emit
 from qconv.quantization.input_moments import is_held_out
-from qconv.quantization.pad_channels import pad_channels
 from qconv.quantization.parameters import NO_SET_RANGES, Params, carry_over_params, choose_params
 from qconv.quantization.sequential_rounding import round_layers_sequentially
+from qconv.quantization.write_fast_forms import write_fast_forms
 from qconv.reporter import Reporter
 from qconv.results.quantize import Verification
 from qconv.results.scores import SQNR, Score
@@ -91,7 +91,7 @@ def build_quantized_model(folded: FoldedNetwork, recipe: Recipe, params: Params)
     model = folded.model.copy()
     plan = replan(folded.plan, model, recipe=recipe)
     emit(model, plan, carry_over_params(params, plan))
-    pad_channels(model, plan)
+    write_fast_forms(model, plan)
     compress_constants(model)
     set_ir_version(model)
     return model

@@ -33,7 +33,7 @@ from qconv.pipeline.prepare import plan_folded, runs_on_ort
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan, replan
 from qconv.quantization.emit import emit
-from qconv.quantization.pad_channels import pad_channels
+from qconv.quantization.write_fast_forms import write_fast_forms
 from qconv.quantization.parameters import Params, choose_params
 from qconv.results.quantize import Audit
 from qconv.runtime.session import Session
@@ -126,7 +126,7 @@ class Quantized:
         self.findings: list[Finding]
         self.params, self.findings = choose_params(self.plan, sketches, recipe)
         self.findings += emit(model, self.plan, self.params)
-        self.findings += pad_channels(model, self.plan)
+        self.findings += write_fast_forms(model, self.plan)
         self.findings += compress_constants(model)
         metadata.write_metadata(model, "0", recipe.as_dict(DataOptions()), None)
         self.model = model
