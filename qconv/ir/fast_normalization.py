@@ -57,8 +57,8 @@ def open_normalization(model: Model, node: Node) -> bool:
 
 def _read_numbers(lrn: Node) -> tuple[int, float, float, float]:
     """Size, alpha, beta and bias."""
-    numbers = (attribute(lrn, "alpha", DEFAULT_ALPHA), attribute(lrn, "beta", DEFAULT_BETA))
-    return int(attribute(lrn, "size")), *map(float, numbers), float(attribute(lrn, "bias", DEFAULT_BIAS))
+    alpha, beta = attribute(lrn, "alpha", DEFAULT_ALPHA), attribute(lrn, "beta", DEFAULT_BETA)
+    return int(attribute(lrn, "size")), float(alpha), float(beta), float(attribute(lrn, "bias", DEFAULT_BIAS))
 
 
 def _reshape(model: Model, name: str, value: Value, sizes: list[int]) -> Node:

@@ -33,8 +33,8 @@ from qconv.pipeline.prepare import plan_folded, runs_on_ort
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan, replan
 from qconv.quantization.emit import emit
-from qconv.quantization.write_fast_forms import write_fast_forms
 from qconv.quantization.parameters import Params, choose_params
+from qconv.quantization.write_fast_forms import write_fast_forms
 from qconv.results.quantize import Audit
 from qconv.runtime.session import Session
 from tests.support.libraries import skip_without
