@@ -57,6 +57,8 @@ from qconv.ir.rewriting import (
     uses_only_first_output,
 )
 from qconv.passes import shuffles, simplify, slopes
+from qconv.passes.average_pools import average_first
+from qconv.passes.fast_spellings import FAST_SPELLINGS
 from qconv.passes.fold_columns import fold_into_columns
 from qconv.passes.merge_branches import merge_branches
 from qconv.passes.merge_layers import merge_layers
@@ -131,14 +133,12 @@ def run_float_passes(model: Model, *, for_ort: bool = False) -> list[Finding]:
     set_batchnorm_means(model)
     set_batchnorm_stats(model)
     found = _run_to_fixpoint(model)
-    made = make_depthwise(model)
+    made = make_depthwise(model) + average_first(model)
     found += made
     if any(isinstance(finding, Change) for finding in made):
         found += _run_to_fixpoint(model)
     if for_ort:
-        for run in (slopes.slopes_to_layers, simplify.open_hard_swishes, simplify.clip_at_layers):
-            found += run(model)
-        for run in (simplify.whole_maximum_to_pool, simplify.steps_to_pool, simplify.take_first_of_block):
+        for run in (slopes.slopes_to_layers, simplify.open_hard_swishes, simplify.clip_at_layers, *FAST_SPELLINGS):
             found += run(model)
     share_equal_weights(model)
     model.sweep()
