@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qconv.ir.model import DataType, Model, Node, Value, attribute, constant_array, dims, input_of
 from qconv.ir.rewriting import standard_op_type
@@ -44,8 +45,7 @@ def open_normalization(model: Model, node: Node) -> bool:
     line = _reshape(model, f"{name}_line", square.outputs[0], [0, 1, channels * height * width])
     weights = model.constant(f"{name}_window", np.full((1, 1, size), alpha / size, np.float32))
     constant = model.constant(f"{name}_bias", np.array([bias], np.float32))
-    place, (before, after) = height * width, ((size - 1) // 2, size // 2)
-    spread = {"dilations": [place], "pads": [before * place, after * place]}
+    spread = _spread(size, height * width)
     window = model.build("Conv", [line.outputs[0], weights, constant], name=f"{name}_sum", attributes=spread)
     window.outputs[0].dtype = DataType.FLOAT
     back = _reshape(model, f"{name}_map", window.outputs[0], [-1, channels, height, width])
@@ -59,6 +59,11 @@ def _read_numbers(lrn: Node) -> tuple[int, float, float, float]:
     """Size, alpha, beta and bias."""
     alpha, beta = attribute(lrn, "alpha", DEFAULT_ALPHA), attribute(lrn, "beta", DEFAULT_BETA)
     return int(attribute(lrn, "size")), float(alpha), float(beta), float(attribute(lrn, "bias", DEFAULT_BIAS))
+
+
+def _spread(size: int, places: int) -> dict[str, list[int]]:
+    """Attributes of the Conv that adds up `size` channels of so many places each; an even number has more behind."""
+    return {"dilations": [places], "pads": [(size - 1) // 2 * places, size // 2 * places]}
 
 
 def _reshape(model: Model, name: str, value: Value, sizes: list[int]) -> Node:
@@ -107,36 +112,41 @@ def read_normalization(node: Node) -> OpenedNormalization | None:
     window = None if back is None else _producer(back.inputs[0], "Conv")
     line = None if window is None else _producer(window.inputs[0], "Reshape")
     square = None if line is None else _producer(line.inputs[0], "Mul")
-    if window is None or square is None or set(square.inputs) != {node.inputs[0]} or not _adds_up_line(window):
+    if back is None or window is None or square is None or set(square.inputs) != {node.inputs[0]}:
+        return None
+    if not _adds_up_line(window, constant_array(input_of(back, 1))):
         return None
     return OpenedNormalization(window, beta)
 
 
 def find_normalization(node: Node) -> Node | None:
     """The node that ends the LRN which `open_normalization` has written this one for; None for any other node."""
+    made: list[Value] = []
     for _ in range(MOST_NODES):
         if read_normalization(node) is not None:
-            return node
+            return None if node.inputs[0] in made else node  # what makes its data is no part of it
         readers = [use.node for use in node.outputs[0].uses()]
         if standard_op_type(node) not in PARTS or not readers:
             return None
+        made.append(node.outputs[0])
         node = readers[0]
     return None
 
 
-def _read_power(value: Value | None) -> tuple[Node | None, float]:
-    """The Reshape that a value is a power of, and the exponent."""
+def _read_power(value: Value | None, deepest: int = MOST_NODES) -> tuple[Node | None, float]:
+    """The Reshape that a value is a power of, and the exponent. deepest: how many nodes back it may stand."""
     node = None if value is None else value.producer()
     kind = "" if node is None else standard_op_type(node)
     if node is None or kind == "Reshape":
         return node, 1.0
-    back, power = _read_power(node.inputs[0]) if kind in ("Sqrt", "Pow", "Mul") else (None, 1.0)
+    further = deepest - 1
+    back, power = _read_power(node.inputs[0], further) if kind in ("Sqrt", "Pow", "Mul") and further else (None, 1.0)
     if kind == "Sqrt":
         return back, power / 2
     if kind == "Pow":
         exponent = constant_array(input_of(node, 1))
         return (back, power * float(exponent.flat[0])) if exponent is not None and exponent.size == 1 else (None, 1.0)
-    other, more = _read_power(input_of(node, 1)) if kind == "Mul" else (None, 1.0)
+    other, more = _read_power(input_of(node, 1), further) if kind == "Mul" and further else (None, 1.0)
     return (back if back is other else None), power + more
 
 
@@ -145,12 +155,14 @@ def _producer(value: Value | None, op_type: str) -> Node | None:
     return node if node is not None and standard_op_type(node) == op_type else None
 
 
-def _adds_up_line(conv: Node) -> bool:
-    """Whether a Conv adds up one line of numbers with equal weights and a bias."""
+def _adds_up_line(conv: Node, sizes: NDArray[np.generic] | None) -> bool:
+    """Whether a Conv adds up each place of maps of these sizes over channels, with equal weights and a bias."""
     weights, bias = (constant_array(input_of(conv, index)) for index in (1, 2))
     if weights is None or bias is None or weights.ndim != 3 or weights.shape[:2] != (1, 1):
         return False
-    return bool((weights == weights.flat[0]).all()) and bias.size == 1
+    if sizes is None or len(sizes) != 4 or bias.size != 1 or (weights != weights.flat[0]).any():
+        return False
+    return {key: attribute(conv, key) for key in ("dilations", "pads")} == _spread(weights.size, int(sizes[2:].prod()))
 
 
 def close_normalizations(model: Model) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from qconv.analysis import compare
 from qconv.analysis.inspect_quantized import inspect_quantized
+from qconv.cli.main import cli
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.ir.files import Source
@@ -18,6 +21,7 @@ from qconv.pipeline.quantize import quantize
 from qconv.reporter import Reporter
 from tests.support.models import network
 from tests.support.quantized import pictures, quantized
+from tests.support.runs import write_samples
 
 BODY = """c = Conv<pads=[1,1,1,1], strides=[2,2]>(x, w, b) r = Relu(c) d = Conv(r, v) s = Relu(d)
           g = GlobalAveragePool(s) f = Flatten(g) y = Gemm(f, u)"""
@@ -93,3 +97,31 @@ def test_compare_finds_tensors_behind_operators_on_codes(tmp_path: Path) -> None
     assert all(rows[name].weights is not None for name in "coefh")
     layers = {layer.name: layer for layer in inspect_quantized(sources[1]).layers}
     assert all(layer.input.bits == 8 and layer.runs == "integer" for layer in layers.values())
+
+
+NORMALIZED = """c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) n = LRN<size=5, alpha=0.5>(r) d = Conv(n, v) s = Relu(d)
+                m = LRN<size=3, alpha=0.5, beta=0.6>(s) g = GlobalAveragePool(m) f = Flatten(g) y = Gemm(f, u)"""
+
+
+def test_compare_and_inspect_read_opened_normalizations_as_they_were(tmp_path: Path) -> None:
+    proto = network(NORMALIZED, ("N", 3, 16, 16), **WEIGHTS)
+    onnx.save(proto, tmp_path / "net.onnx")
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    calib = write_samples(samples, (1, 3, 16, 16), 12)
+    path = tmp_path / "net.w8a8.onnx"
+    command = ["quantize", str(tmp_path / "net.onnx"), "--calib", calib, "-o", str(path), "--json", "--threads", "1"]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    told = {island["node"]: island["why"] for island in json.loads(done.stdout)["audit"]["islands"]}
+    assert told.keys() >= {"n", "n_square", "n_sum", "m", "m_power"}
+    assert all("LRN" in why for node, why in told.items() if node.partition("_")[0] in ("m", "n"))
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert (kinds.count("LRN"), kinds.count("Div")) == (0, 2)
+    sources = [Source(name, tmp_path / name) for name in ("net.onnx", "net.w8a8.onnx")]
+    found = compare.compare_on_images(*sources, DataOptions((calib,)), Reporter()).compared
+    assert found.unmatched == ()
+    rows = {row.name: row for row in found.layers}
+    assert {"x", "c", "n", "d", "f", "y"} <= set(rows)
+    assert all((rows[name].cosine or 0) > 0.99 for name in "xcndfy")
+    assert [layer.name for layer in inspect_quantized(sources[1]).layers] == ["c", "d", "y"]
