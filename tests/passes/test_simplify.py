@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx
 import pytest
 
 from qconv.ir.model import Model, attribute
 from qconv.passes.fold import run_float_passes
-from tests.support.models import ints, loaded, network, random_feeds, run
+from tests.support.models import ints, loaded, network, op_types, random_feeds, run
+from tests.support.quantized import SAME, pictures, quantized
 
 SWISH = network("c = Conv(x, w) h = HardSwish(c) y = Conv(h, v)", w=(6, 3, 3, 3), v=(4, 6, 1, 1))
 
@@ -143,3 +146,142 @@ def test_the_maximum_of_what_layers_make_becomes_a_pool(kind: str, side: int | s
     assert ("MaxPool" in {node.op_type for node in model.nodes()}) == (layered and side == 6)
     feeds = random_feeds(proto)
     assert np.array_equal(run(model, feeds)["y"], run(proto, feeds)["y"])
+
+
+FAR = 2**63 - 1
+PLACES = {
+    "o": ints(0),
+    "oo": ints(0, 0),
+    "i": ints(1),
+    "far": ints(FAR),
+    "fars": ints(FAR, 2**31 - 1),
+    "beyond": ints(1000),
+    "ends": ints(7, 1000),
+    "n": ints(1),
+    "h": ints(2),
+    "u": ints(3),
+    "nh": ints(1, 2),
+    "hu": ints(2, 3),
+    "behind": ints(-1, -2),
+    "one": ints(1),
+    "two": ints(2),
+    "three": ints(3),
+    "both": ints(2, 3),
+    "back": ints(-2),
+    "short": ints(6),
+    "cut": ints(-1),
+}
+"""Constants of Slices of (N, 4, 7, 10): starts, ends, axes and steps."""
+
+
+def stepped(
+    body: str, x: tuple[int | str, ...] = ("N", 3, 7, 10), outputs: tuple[str, ...] = ("y",)
+) -> onnx.ModelProto:
+    read = set(re.findall(r"\w+", body))
+    constants = {name: numbers for name, numbers in {**PLACES, "w": (4, 3, 1, 1)}.items() if name in read}
+    return network(body, x, outputs, **constants)  # type: ignore[arg-type]
+
+
+def pools(model: Model) -> list[list[int]]:
+    """The strides of pools of single places; no Slice is left beside them."""
+    found = [node for node in model.nodes() if node.op_type == "MaxPool"]
+    assert not found or "Slice" not in op_types(model)
+    return [attribute(node, "strides") for node in found if attribute(node, "kernel_shape") == [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("slices", "strides"),
+    [
+        ("a = Slice(c, o, far, h, two) y = Slice(a, o, far, u, two)", [2, 2]),
+        ("a = Slice(c, o, beyond, u, two) y = Slice(a, o, beyond, h, three)", [3, 2]),
+        ("a = Slice(c, o, far, h, two) y = Slice(a, o, far, h, three)", [6, 1]),
+        ("a = Slice(c, o, far, h, two) b = Slice(a, o, far, u, two) r = Add(b, b) y = Slice(r, o, far, u, two)", None),
+        ("y = Slice(c, oo, ends, hu, both)", [2, 3]),
+        ("y = Slice(c, oo, fars, behind, both)", [3, 2]),
+        ("y = Slice(c, o, beyond, u, three)", [1, 3]),
+        ("r = Relu(c) y = Slice(r, o, far, h, two)", [2, 1]),
+    ],
+)
+@pytest.mark.parametrize("x", [("N", 3, 7, 10), ("N", 3, 8, 13), ("N", 3, 1, 2)])
+def test_every_nth_place_of_what_layers_make_is_a_pool_of_single_places(
+    slices: str, strides: list[int] | None, x: tuple[int | str, ...]
+) -> None:
+    proto = stepped(f"c = Conv(x, w) {slices}", x)
+    model, feeds = loaded(proto), random_feeds(proto)
+    if x[2] == 8 and "ends" in slices:
+        strides = []  # the Slice ends at 7
+    run_float_passes(model, for_ort=True)
+    assert pools(model) == ([[2, 2], [1, 2]] if strides is None else [strides] if strides else [])
+    assert np.array_equal(run(model, feeds)["y"], run(proto, feeds)["y"])
+    onnx.checker.check_model(model.proto(), full_check=True)
+
+
+@pytest.mark.parametrize(("end", "known"), [("far", True), ("beyond", False)])
+def test_a_size_that_is_open_ends_where_an_end_is_the_farthest(end: str, known: bool) -> None:
+    proto = stepped(f"c = Conv(x, w) y = Slice(c, o, {end}, h, two)", ("N", 3, "H", "W"))
+    model = loaded(proto)
+    run_float_passes(model, for_ort=True)
+    assert pools(model) == ([[2, 1]] if known else [])
+    x = np.random.default_rng(0).normal(size=(2, 3, 9, 4)).astype(np.float32)
+    assert np.array_equal(run(model, {"x": x})["y"], run(proto, {"x": x})["y"])
+
+
+OTHER_SLICES = {
+    "later start": ("c = Conv(x, w) y = Slice(c, i, far, h, two)", ("y",)),
+    "backwards": ("c = Conv(x, w) y = Slice(c, cut, far, h, back)", ("y",)),
+    "backwards from the first": ("c = Conv(x, w) y = Slice(c, o, far, h, back)", ("y",)),
+    "channels and rows": ("c = Conv(x, w) y = Slice(c, oo, fars, nh, both)", ("y",)),
+    "channels before": ("c = Conv(x, w) a = Slice(c, o, far, n, two) y = Slice(a, o, far, h, two)", ("y",)),
+    "shorter": ("c = Conv(x, w) y = Slice(c, o, short, h, two)", ("y",)),
+    "without the last": ("c = Conv(x, w) y = Slice(c, o, cut, h, two)", ("y",)),
+    "computed end": (
+        "c = Conv(x, w) m = ReduceMax<keepdims=0>(x) k = Cast<to=7>(m) e = Reshape(k, n) y = Slice(c, o, e, h, two)",
+        ("y",),
+    ),
+    "input": ("y = Slice(x, o, far, h, two)", ("y",)),
+    "made of the input": ("r = Relu(x) a = Slice(r, o, far, h, two) y = Slice(a, o, far, u, two)", ("y",)),
+    "moved": ("c = Conv(x, w) t = Transpose<perm=[0,1,3,2]>(c) y = Slice(t, o, far, h, two)", ("y",)),
+    "read between": (
+        "c = Conv(x, w) a = Slice(c, o, far, h, two) y = Slice(a, o, far, u, two) z = Relu(a)",
+        ("y", "z"),
+    ),
+    "returned between": ("c = Conv(x, w) a = Slice(c, o, far, h, two) y = Slice(a, o, far, u, two)", ("y", "a")),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_SLICES)
+def test_other_slices_stay(kind: str) -> None:
+    body, outputs = OTHER_SLICES[kind]
+    proto = stepped(body, outputs=outputs)
+    model, feeds = loaded(proto), random_feeds(proto)
+    run_float_passes(model, for_ort=True)
+    assert "MaxPool" not in op_types(model)
+    assert op_types(model).split().count("Slice") == body.count("Slice")
+    for name, numbers in run(proto, feeds).items():
+        assert np.array_equal(run(model, feeds)[name], numbers)
+
+
+SHORTCUT = network(
+    f"""c = Conv<{SAME}>(x, w) r = Relu(c) a = Slice(r, o, far, h, two) b = Slice(a, o, far, u, two)
+        s = Pad(b, wider) d = Conv<{SAME}, strides=[2,2]>(r, v) e = Add(d, s) y = Relu(e)""",
+    ("N", 3, 9, 8),
+    w=(4, 3, 3, 3),
+    v=(8, 4, 3, 3),
+    wider=ints(0, 2, 0, 0, 0, 2, 0, 0),
+    **{name: PLACES[name] for name in ("o", "far", "h", "u", "two")},  # type: ignore[arg-type]
+)
+
+
+def test_the_shortcut_of_a_residual_network_is_a_pool_of_codes() -> None:
+    result = quantized(SHORTCUT, pictures((2, 3, 9, 8))).check()
+    assert result.audit.islands == ()
+    assert "Slice" not in result.runs
+    (pool,) = [node for node in result.optimized.proto.graph.node if "MaxPool" in node.op_type]
+    assert result.optimized.writers[pool.input[0]].op_type in ("QLinearConv", "Transpose")
+
+
+def test_other_runtimes_keep_their_slices() -> None:
+    model = loaded(SHORTCUT)
+    run_float_passes(model)
+    assert op_types(model).split().count("Slice") == 2
+    assert quantized(SHORTCUT, pictures((2, 3, 9, 8)), target="openvino").check().wiring.count("MaxPool") == 0
