@@ -202,14 +202,14 @@ def _share_joined_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
     for result in plan.activations:
         node = result.producer()
         rule = None if node is None else QUANTIZATION_RULES.get(node.op_type)
-        if node is None or node not in plan.integer or not isinstance(rule, ConcatRule) or result in plan.given:
+        if node is None or node not in plan.integer or not isinstance(rule, ConcatRule):
             continue
         spec = _activation_spec(plan, result)
         for value in data_inputs(node, rule):
-            if value not in ranges or value in plan.given or _activation_spec(plan, value) != spec:
+            if value not in ranges or _activation_spec(plan, value) != spec:
                 continue
             roots = [joined.root(groups[one][0]) for one in (result, value)]
-            if roots[0] == roots[1]:
+            if roots[0] == roots[1] or not plan.given.keys().isdisjoint((*groups[result], *groups[value])):
                 continue
             ends = [ranges[root] for root in roots]
             smallest = min(least.get(root, float(spec.from_range(*ranges[root]).scale)) for root in roots)
@@ -217,9 +217,10 @@ def _share_joined_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
             if float(spec.from_range(*union).scale) <= MOST_WIDENED_TO_JOIN * smallest:
                 joined.union(*roots)
                 ranges[joined.root(roots[0])], least[joined.root(roots[0])] = union, smallest
-    for value in ranges:
-        if value not in plan.given:
-            ranges[value] = ranges[joined.root(groups[value][0])]
+    for value, group in groups.items():
+        root = joined.root(group[0])
+        if root in least:  # others keep what they have: a tied tensor may have a range that was set for it alone
+            ranges[value] = ranges[root]
 
 
 def _widen_average_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
