@@ -5,7 +5,8 @@ It also lists the quantized tensors as rows of the report: activations in graph 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -17,7 +18,7 @@ from qconv.config.choices import FEW_BITS_CALIBRATOR, PERCENTILE
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, Finding
 from qconv.ir import layers
-from qconv.ir.model import Node, Value, constant_array, input_of
+from qconv.ir.model import Node, Value, clip_bounds, constant_array, input_of
 from qconv.ir.operators import QUANTIZATION_RULES, ConcatRule, operator
 from qconv.planning.plan import DisjointSets, LayerPlan, Plan, count_channels, data_inputs
 from qconv.planning.widths import COPY
@@ -198,29 +199,53 @@ def _share_joined_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
     `Plan.ties` has the inputs that nothing else reads. Where one has other readers, its range counts for these, too.
     """
     groups, joined = plan.group_of(), DisjointSets[Value]()
+    bounds = _bounds_of_absorbed(plan, groups)
     least: dict[Value, float] = {}  # the smallest step that a member of each set had
-    for result in plan.activations:
-        node = result.producer()
-        rule = None if node is None else QUANTIZATION_RULES.get(node.op_type)
-        if node is None or node not in plan.integer or not isinstance(rule, ConcatRule):
+    for result, value in _joined_pairs(plan):
+        roots = [joined.root(groups[one][0]) for one in (result, value)]
+        if roots[0] == roots[1] or not plan.given.keys().isdisjoint((*groups[result], *groups[value])):
+            continue
+        ends = [ranges[root] for root in roots]
+        union = min(low for low, _ in ends), max(high for _, high in ends)
+        if any(_contains(bounds[root], ranges[root]) and not _contains(bounds[root], union) for root in roots):
             continue
         spec = _activation_spec(plan, result)
-        for value in data_inputs(node, rule):
-            if value not in ranges or _activation_spec(plan, value) != spec:
-                continue
-            roots = [joined.root(groups[one][0]) for one in (result, value)]
-            if roots[0] == roots[1] or not plan.given.keys().isdisjoint((*groups[result], *groups[value])):
-                continue
-            ends = [ranges[root] for root in roots]
-            smallest = min(least.get(root, float(spec.from_range(*ranges[root]).scale)) for root in roots)
-            union = min(low for low, _ in ends), max(high for _, high in ends)
-            if float(spec.from_range(*union).scale) <= MOST_WIDENED_TO_JOIN * smallest:
-                joined.union(*roots)
-                ranges[joined.root(roots[0])], least[joined.root(roots[0])] = union, smallest
+        smallest = min(least.get(root, float(spec.from_range(*ranges[root]).scale)) for root in roots)
+        if float(spec.from_range(*union).scale) <= MOST_WIDENED_TO_JOIN * smallest:
+            within = [max(bounds[root][0] for root in roots), min(bounds[root][1] for root in roots)]
+            joined.union(*roots)
+            root = joined.root(roots[0])
+            ranges[root], least[root], bounds[root] = union, smallest, (within[0], within[1])
     for value, group in groups.items():
         root = joined.root(group[0])
         if root in least:  # others keep what they have: a tied tensor may have a range that was set for it alone
             ranges[value] = ranges[root]
+
+
+def _joined_pairs(plan: Plan) -> Iterator[tuple[Value, Value]]:
+    """What each Concat on codes writes, with each of the tensors of the same type that it reads."""
+    for result in plan.activations:
+        node = result.producer()
+        rule = None if node is None else QUANTIZATION_RULES.get(node.op_type)
+        if node is not None and node in plan.integer and isinstance(rule, ConcatRule):
+            for value in data_inputs(node, rule):
+                if value in plan.activations and _activation_spec(plan, value) == _activation_spec(plan, result):
+                    yield result, value
+
+
+def _bounds_of_absorbed(plan: Plan, groups: Mapping[Value, tuple[Value, ...]]) -> dict[Value, Range]:
+    """What the range of each group, by its first tensor, must not leave, so that its quantizers do what Clips do."""
+    found = {group[0]: (-math.inf, math.inf) for group in groups.values()}
+    for activation in plan.absorbed:
+        group, own = groups.get(activation.outputs[0]), clip_bounds(activation)
+        if group is not None and own is not None:
+            low, high = found[group[0]]
+            found[group[0]] = max(low, own[0]), min(high, own[1])
+    return found
+
+
+def _contains(outer: Range, inner: Range) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
 def _widen_average_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:

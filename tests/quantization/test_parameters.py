@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from qconv.calibration.range_estimators import Range
 from qconv.config.recipe import Recipe
@@ -17,7 +18,7 @@ from qconv.quantization import parameters
 from qconv.quantization.parameters import MOST_WIDENED_TO_JOIN, choose_activation_params
 from qconv.quantizer import QuantParams, QuantSpec
 from tests.support.models import loaded, network
-from tests.support.quantized import SAME, Quantized, pictures, quantized
+from tests.support.quantized import Quantized, pictures, quantized
 
 SPEC = QuantSpec(8, signed=False, symmetric=False)
 WIDE = QuantSpec(16, signed=False, symmetric=False)
@@ -163,17 +164,16 @@ def test_no_step_grows_beyond_the_limit_and_no_range_shrinks(seed: int) -> None:
 
 def dense() -> Quantized:
     """A chain whose ranges grow by a sixth from end to end; it returns the channels that go through all of it."""
-    rng = np.random.default_rng(0)
-    nodes = [
-        f"c{n} = Conv<{SAME}>(j{n}, w{n}) s{n} = Clip(c{n}, low{n}, high{n}) j{n + 1} = Concat<axis=1>(j{n}, s{n})"
-        for n in range(BLOCKS)
-    ]
-    weights = {f"w{n}": (4, 4 + 4 * n, 3, 3) for n in range(BLOCKS)}
-    ends = {f"{end}{n}": sign * (3 + 0.1 * n) for n in range(BLOCKS) for end, sign in (("low", -1), ("high", 1))}
-    body = f"c = Conv(x, v) j0 = Clip(c, low0, high0) {' '.join(nodes)} y = Conv(j{BLOCKS}, eye)"
-    eye = np.eye(4, 4 + 4 * BLOCKS, dtype=np.float32)[:, :, None, None]
-    proto = network(body, ("N", 3, 8, 8), v=rng.normal(size=W).astype(np.float32), eye=eye, **weights, **ends)
+    nodes = [f"s{n} = Conv(j{n}, w{n}) j{n + 1} = Concat<axis=1>(j{n}, s{n})" for n in range(BLOCKS)]
+    weights = {f"w{n}": (1.03 + 0.03 * n) * first_of(4 + 4 * n) for n in range(BLOCKS)}
+    body = f"j0 = Conv(x, v) {' '.join(nodes)} y = Conv(j{BLOCKS}, eye)"
+    proto = network(body, ("N", 3, 8, 8), v=first_of(3), eye=first_of(4 + 4 * BLOCKS), **weights)
     return quantized(proto, pictures((4, 3, 8, 8), low=-3, high=3))
+
+
+def first_of(inputs: int) -> NDArray[np.float32]:
+    """Weights of a 1x1 layer that hand on the first four channels."""
+    return np.eye(4, inputs, dtype=np.float32)[:, :, None, None]
 
 
 def test_a_chain_that_copies_codes_makes_less_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,9 +181,20 @@ def test_a_chain_that_copies_codes_makes_less_noise(monkeypatch: pytest.MonkeyPa
     assert len({found.scale.item() for name, found in activations(shared) if name[0] in "js"}) == 1
     monkeypatch.setattr(parameters, "MOST_WIDENED_TO_JOIN", 0.0)
     apart = dense()
-    assert len({found.scale.item() for name, found in activations(apart) if name[0] in "js"}) == BLOCKS
+    assert len({found.scale.item() for name, found in activations(apart) if name[0] in "js"}) == BLOCKS + 1
     assert shared.sqnr() > apart.sqnr() + 1
 
 
 def activations(result: Quantized) -> list[tuple[str, QuantParams]]:
     return [(value.name or "", found) for value, found in result.params.activations.items()]
+
+
+@pytest.mark.parametrize("activation", ["Relu(d)", "Clip(d, zero, six)"])
+def test_a_range_stays_within_what_an_absorbed_activation_cuts_off(activation: str) -> None:
+    """A wider one would leave the activation, and the layer in front of it, in float."""
+    body = f"c = Conv(x, w) d = Conv(x, w) f = {activation} e = Conv(f, v) a = Concat<axis=1>(c, f) y = Conv(a, u)"
+    plan = planned(body, w=W, v=V, u=(4, 8, 1, 1), zero=0.0, six=6.0)  # type: ignore[arg-type]
+    apart = chosen(plan, {"f": (0.0, 6.0), "a": (-0.5, 6.0), "c": (-0.5, 6.0)})
+    assert not same(apart["f"], apart["a"])
+    joined = chosen(plan, {"f": (0.0, 5.0), "a": (0.0, 5.5), "c": (0.0, 5.5)})
+    assert same(joined["f"], joined["a"])
