@@ -321,12 +321,3 @@ def _constant_per_channel(constant: NDArray[Any], axes: int | None, axis: int) -
     if len(shape) != axes or axis >= axes or constant.size != shape[axis]:
         raise EditRefused("its constant is neither one number nor one for each channel")
     return constant.reshape(-1)
-
-
-def averages_places(node: Node) -> bool:
-    """Whether a layer only averages the places under its window, as an average pool does, and may scale channels."""
-    weights = constant_array(input_of(node, 1)) if node.op_type == "Conv" else None
-    if weights is None or weights.ndim < 3 or weights.shape[1] != 1 or attribute(node, "group", 1) != weights.shape[0]:
-        return False
-    rows = weights.reshape(len(weights), -1)
-    return rows.shape[1] > 1 and bool((rows == rows[:, :1]).all())

@@ -14,7 +14,6 @@ from qconv.config.choices import FLOAT_BITS, WIDE_BITS, Scheme
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
 from qconv.ir.gelu import find_gelus, keep_gelus_float
-from qconv.ir.layers import averages_places
 from qconv.ir.model import DataType, Model, Node, Value, clip_bounds, constant_array, input_of
 from qconv.ir.operators import (
     CLIPPING_ACTIVATIONS,
@@ -182,12 +181,7 @@ class _Planner:
             self.plan.layers.append(LayerPlan(node, rule, spec, data, at_load, own_bits, moves_zero))
 
     def _least_bits(self, node: Node) -> int:
-        """The bits of a layer where no glob gives it its own: `edge_bits` for the first and the last layer.
-
-        What averages has eight, as an average pool has: few bits of what it reads would be rounded for nothing.
-        """
-        if averages_places(node):
-            return 8
+        """The bits of a layer where no glob gives it its own: `edge_bits` for the first and the last layer."""
         return 0 if node in self.inner else self.recipe.edge_bits
 
     # -- which nodes run on codes, which tensors become codes --------------------------------------------------------

@@ -98,14 +98,3 @@ def test_averages_run_in_integers_and_lose_the_rounding_of_their_result_alone() 
     assert "QLinearAveragePool" not in made.runs
     stored = made.params.layers[1].stored[0]
     assert np.allclose(np.abs(stored.scale) * 127, 0.25, rtol=1e-6)
-
-
-@pytest.mark.parametrize("bits", [4, 2])
-def test_averages_keep_eight_bits_where_others_have_few(bits: int) -> None:
-    """As an average pool does: what it reads is rounded once, by its reader."""
-    body = f"{LAYERED} e = AveragePool<{POOL}>(d) g = Conv(e, v) h = Relu(g) i = Conv(h, u) y = Relu(i)"
-    weights = {"v": (16, 16, 1, 1), "u": (8, 16, 1, 1)}
-    made = quantized(network(body, x=X, **SIZES, **weights), weight_bits=bits, activation_bits=4)
-    found = {value.name: params.spec.bits for value, params in made.params.activations.items()}
-    assert (found["d"], found["e"], found["h"]) == (8, 4, 8)
-    assert [layer.weight.bits for layer in made.plan.layers] == [8, 8, bits, 8]
