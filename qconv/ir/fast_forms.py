@@ -4,6 +4,7 @@
     codes (N, 3, H, W) -> Gather of channels 0, 1, 2, 1 -> DequantizeLinear -> Conv
     a - b as Add of a, and of b read with the negated scale
     LRN as a sum of squares and square roots, see `fast_normalization`
+    AveragePool as a depthwise Conv, see `fast_pools`
 
 Of three channels the second is there twice, and each of its weights on one side, with zero on the other. So no two
 products are added in 16 bits that were not before, which on CPUs without VNNI saturates (`quantization.saturation`).
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.ir.fast_normalization import close_normalizations
+from qconv.ir.fast_pools import layers_to_pools
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of, set_dims
 from qconv.ir.rewriting import standard_op_type
 from qconv.ir.stored_weights import Dequantizer, read_dequantizer
@@ -105,6 +107,7 @@ def take_back_fast_forms(model: Model) -> None:
     """Write a quantized model as it is without its fast forms, in place."""
     drop_channel_padding(model)
     close_normalizations(model)
+    layers_to_pools(model)
     for node in model.nodes():
         made = read_dequantizer(input_of(node, 1)) if standard_op_type(node) == "Add" else None
         scale = None if made is None or made.at_load else constant_array(made.scale)

@@ -1,26 +1,21 @@
 """These passes write what ONNX Runtime's CPU provider is slow at as what it is fast at, for it alone.
 
-    AveragePool = depthwise Conv      GlobalMaxPool = MaxPool of the whole map      Slice with steps = MaxPool of 1x1
+    GlobalMaxPool = MaxPool of the whole map        Slice with steps = MaxPool of 1x1
 
 No number changes. Its integer kernels work on the layout of convolutions, so most passes ask whether layers make what
-is read. There the integer kernel of AveragePool takes some 20 ns a number, that of a depthwise convolution 1.
+is read. What has another operator's weights (`ir.fast_pools`, `ir.fast_normalization`) is written last.
 """
 
 from __future__ import annotations
 
-from math import prod
-
-import numpy as np
-
 from qconv.errors import Change
-from qconv.ir.model import DataType, Model, Node, Value, attribute, constant_array, dims, set_attribute
+from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, set_attribute
 from qconv.ir.rewriting import (
     FARTHEST_ENDS,
     EditRefused,
     Pass,
     data_input,
     each_node,
-    explicit_pads,
     slices_of,
     standard_op_type,
     title,
@@ -33,27 +28,6 @@ HALF_PIXEL = ("half_pixel", "pytorch_half_pixel", "half_pixel_symmetric")
 LAYOUT_KEEPING_OPS = frozenset(
     {"Relu", "Clip", "Add", "Mul", "Sigmoid", "LeakyRelu", "HardSigmoid", "MaxPool", "Pad", "Concat"}
 )
-
-
-@each_node("simplify", "AveragePool")
-def averages_to_layers(model: Model, node: Node) -> list[Change]:
-    """Replace an AveragePool of what layers make by a depthwise Conv with equal weights.
-
-    It pads nothing, or counts the zeros that it pads with.
-    """
-    data, kernel = data_input(node), attribute(node, "kernel_shape")
-    channels, pads = (dims(data) or [None, None])[1], explicit_pads(node, len(kernel))
-    if data.dtype != DataType.FLOAT or len(kernel) != 2 or channels is None or pads is None:
-        return []
-    if attribute(node, "ceil_mode", 0) or (any(pads) and not attribute(node, "count_include_pad", 0)):
-        return []
-    if not _is_made_by_layers(data):
-        return []
-    weights = np.full((channels, 1, *kernel), 1 / prod(kernel), np.float32)
-    kept = {key: value for key in ("strides", "dilations") if (value := attribute(node, key)) is not None}
-    attributes = {"group": channels, "kernel_shape": kernel, "pads": pads, **kept}
-    model.become(node, "Conv", [data, model.constant(f"{title(node)}_weight", weights)], attributes)
-    return [Change("simplify", title(node), "AveragePool became a depthwise Conv")]
 
 
 @each_node("simplify", "GlobalMaxPool")
@@ -138,4 +112,4 @@ def _is_made_by_layers(value: Value) -> bool:
     return True
 
 
-FAST_SPELLINGS: tuple[Pass, ...] = (averages_to_layers, whole_maximum_to_pool, steps_to_pool, take_first_of_block)
+FAST_SPELLINGS: tuple[Pass, ...] = (whole_maximum_to_pool, steps_to_pool, take_first_of_block)

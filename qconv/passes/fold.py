@@ -57,11 +57,10 @@ from qconv.ir.rewriting import (
     uses_only_first_output,
 )
 from qconv.passes import shuffles, simplify, slopes
-from qconv.passes.average_pools import average_first
 from qconv.passes.fast_spellings import FAST_SPELLINGS
 from qconv.passes.fold_columns import fold_into_columns
 from qconv.passes.merge_branches import merge_branches
-from qconv.passes.merge_layers import merge_layers
+from qconv.passes.merge_layers import average_first, merge_layers
 from qconv.passes.share_weights import share_equal_weights
 
 
@@ -127,7 +126,7 @@ def move_gains_back(model: Model, node: Node) -> list[Change]:
 def run_float_passes(model: Model, *, for_ort: bool = False) -> list[Finding]:
     """Run all float passes until none changes anything. Returns changes, and the refusals that still hold.
 
-    for_ort: also write what ONNX Runtime's CPU provider has no integer kernel for as what it has them for.
+    for_ort: also write what ONNX Runtime's CPU provider has no integer kernel for, or a slow one, as what it does fast.
     """
     model.sweep()
     set_batchnorm_means(model)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qconv.config.targets import CostTable
+from qconv.ir.fast_pools import may_be_layer
 from qconv.ir.model import Node, Value, attribute, constant_array, input_of
 from qconv.planning.plan import FASTER
 
@@ -83,6 +84,9 @@ def _work_units(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:
             return "mul_constant", out[1], elements
         sizes = [math.prod(shapes.get(value.name or "", ())) for value in sides]
         return ("mul_broadcast" if min(sizes) < elements else node.op_type), out[1], elements
+    if may_be_layer(node):
+        kernel = attribute(node, "kernel_shape")
+        return _depthwise_kind(max(kernel)), out[1], elements * math.prod(kernel)
     if node.op_type in ("AveragePool", "MaxPool"):
         return node.op_type, out[1], elements * math.prod(attribute(node, "kernel_shape", [3, 3])) / 9
     return node.op_type, out[1], elements
@@ -101,8 +105,12 @@ def _conv_work(node: Node, out: tuple[int, ...]) -> tuple[str, float, float] | N
             return ("grey3" if side < 4 else "grey5"), outputs, macs
         return ("stem3" if side < 5 else "stem7"), outputs, macs
     if per_group == 1 and outputs == group:  # with more outputs a group there is no integer kernel of its own
-        sides = {1: "depthwise1", 2: "depthwise3", 3: "depthwise3", 4: "depthwise5", 5: "depthwise5"}
-        return sides.get(side, "depthwise7"), outputs, macs
+        return _depthwise_kind(side), outputs, macs
     channels = math.sqrt(per_group * outputs / group)
     kind = "conv" if group == 1 else "grouped"
     return f"{kind}{1 if side == 1 else 3}", channels, macs
+
+
+def _depthwise_kind(side: int) -> str:
+    sides = {1: "depthwise1", 2: "depthwise3", 3: "depthwise3", 4: "depthwise5", 5: "depthwise5"}
+    return sides.get(side, "depthwise7")

@@ -203,6 +203,8 @@ def _share_joined_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
     least: dict[Value, float] = {}  # the smallest step that a member of each set had
     for result, value in _joined_pairs(plan):
         roots = [joined.root(groups[one][0]) for one in (result, value)]
+        if any(ranges[one] != ranges[groups[one][0]] for root in (result, value) for one in groups[root]):
+            continue  # a tied tensor has a range that was set for it alone
         if roots[0] == roots[1] or not plan.given.keys().isdisjoint((*groups[result], *groups[value])):
             continue
         ends = [ranges[root] for root in roots]

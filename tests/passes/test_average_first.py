@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from qconv.passes.fold import run_float_passes
-from tests.support.models import loaded, network, op_types, random_feeds, run
-from tests.support.quantized import quantized
+from tests.support.models import loaded, network, op_types, random_feeds, run, statistics
 
 X = (2, 32, 9, 8)
 POOL = "kernel_shape=[2,2], strides=[2,2]"
@@ -63,38 +62,9 @@ def test_a_map_of_unknown_size_tells_nothing() -> None:
     assert op_types(model) == "Conv AveragePool"
 
 
-LAYERED = "c = Conv(x, w, b) d = Relu(c)"
-
-POOLS = {
-    "plain": ("kernel_shape=[2,3], strides=[2,1]", True),
-    "zeros counted": ("kernel_shape=[3,3], pads=[1,0,1,1], count_include_pad=1", True),
-    "zeros not counted": ("kernel_shape=[3,3], pads=[1,1,1,1]", False),
-    "a window cut off": ("kernel_shape=[2,2], strides=[2,2], ceil_mode=1", False),
-}
-
-
-@pytest.mark.parametrize("kind", POOLS)
-@pytest.mark.parametrize("for_ort", [True, False])
-def test_averages_of_what_layers_make_become_depthwise_layers(kind: str, for_ort: bool) -> None:
-    attributes, fits = POOLS[kind]
-    proto = network(f"{LAYERED} y = AveragePool<{attributes}>(d)", x=X, **SIZES)
-    model = loaded(proto)
-    run_float_passes(model, for_ort=for_ort)
-    assert op_types(model) == f"Conv Relu {'Conv' if fits and for_ort else 'AveragePool'}"
-    feeds = random_feeds(proto)
-    assert np.allclose(run(model, feeds)["y"], run(proto, feeds)["y"], rtol=1e-5, atol=1e-6)
-
-
-def test_averages_of_what_no_layer_makes_stay() -> None:
-    """Codes of the input lie by channels, where there is no integer convolution that is fast."""
-    model = loaded(network(f"d = Relu(x) y = AveragePool<{POOL}>(d)", x=X))
-    run_float_passes(model, for_ort=True)
-    assert op_types(model) == "Relu AveragePool"
-
-
-def test_averages_run_in_integers_and_lose_the_rounding_of_their_result_alone() -> None:
-    made = quantized(network(f"{LAYERED} e = AveragePool<{POOL}>(d) y = Conv(e, v)", x=X, **SIZES, v=(8, 16, 1, 1)))
-    assert made.check().runs.count("QLinearConv") == 3
-    assert "QLinearAveragePool" not in made.runs
-    stored = made.params.layers[1].stored[0]
-    assert np.allclose(np.abs(stored.scale) * 127, 0.25, rtol=1e-6)
+def test_a_layer_whose_results_are_known_keeps_its_pool_behind_it() -> None:
+    """BatchNormalization says how the whole map spreads: averages spread less."""
+    body = f"a = Conv(x, w) n = BatchNormalization(a, gamma, beta, mean, var) y = AveragePool<{POOL}>(n)"
+    model = loaded(network(body, x=X, w=SIZES["w"], **statistics(16)))
+    run_float_passes(model)
+    assert op_types(model) == "Conv AveragePool"
