@@ -200,12 +200,12 @@ def _share_joined_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
     """
     groups, joined = plan.group_of(), DisjointSets[Value]()
     bounds = _bounds_of_absorbed(plan, groups)
+    # given, or with a range that was set for one of them alone
+    fixed = {g[0] for g in groups.values() if any(one in plan.given or ranges[one] != ranges[g[0]] for one in g)}
     least: dict[Value, float] = {}  # the smallest step that a member of each set had
     for result, value in _joined_pairs(plan):
         roots = [joined.root(groups[one][0]) for one in (result, value)]
-        if any(ranges[one] != ranges[groups[one][0]] for root in (result, value) for one in groups[root]):
-            continue  # a tied tensor has a range that was set for it alone
-        if roots[0] == roots[1] or not plan.given.keys().isdisjoint((*groups[result], *groups[value])):
+        if roots[0] == roots[1] or not fixed.isdisjoint((groups[result][0], groups[value][0])):
             continue
         ends = [ranges[root] for root in roots]
         union = min(low for low, _ in ends), max(high for _, high in ends)
@@ -220,7 +220,7 @@ def _share_joined_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
             ranges[root], least[root], bounds[root] = union, smallest, (within[0], within[1])
     for value, group in groups.items():
         root = joined.root(group[0])
-        if root in least:  # others keep what they have: a tied tensor may have a range that was set for it alone
+        if root in least:  # others keep what they have
             ranges[value] = ranges[root]
 
 

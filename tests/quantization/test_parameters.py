@@ -145,6 +145,18 @@ def test_a_chain_grows_no_further_than_the_limit_from_its_smallest_step(backward
     assert steps[0] == pytest.approx(1.2 * float(SPEC.from_range(-1, 1).scale), rel=0.01)
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_whole_chain_of_near_ranges_shares_one(backwards: bool) -> None:
+    """The first range is the widest: a set that has grown by it goes on growing."""
+    plan = chain(backwards)
+    ends = {"j0": 1.1}
+    for n in range(BLOCKS):
+        ends |= dict.fromkeys((f"c{n}", f"j{n + 1}"), 1.05 if n % 2 else 1.0)
+    found = chosen(plan, {name: (-end, end) for name, end in ends.items()})
+    assert len({float(found[name].scale) for name in ends}) == 1
+    assert same(found["j0"], SPEC.from_range(-1.1, 1.1))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_step_grows_beyond_the_limit_and_no_range_shrinks(seed: int) -> None:
     rng = np.random.default_rng(seed)
