@@ -351,7 +351,8 @@ def check_staged_model(staged: StagedModel) -> None:
     except onnx.checker.ValidationError as error:
         reason = next(iter(str(error).splitlines()), "")
         raise QconvError(
-            f"onnx's checker does not accept the result: {reason}", "check the float model with onnx.checker first."
+            f"onnx's checker does not accept the result: {reason}",
+            "the float model passed the same check, so this is a fault of qconv: please report it.",
         ) from None
 
 

@@ -287,9 +287,14 @@ def _compute_bias_scales(model: Model) -> None:
 def _compute_constant(
     model: Model, value: Value | None, numbers: NDArray[Any], op_type: str, inputs: list[Value], **attributes: int
 ) -> None:
-    """Let a node compute a constant, where the numbers are the same and the node takes less."""
+    """Let a node compute a constant, where the numbers are the same and the node takes less.
+
+    One of the inputs may be that constant: a scale times 1 is stored once.
+    """
     stored = constant_numbers(value)
-    if value is None or stored is None or value.is_graph_output() or constant_bytes(value) <= BYTES_OF_NODE:
+    if value is None or stored is None or value.is_graph_output() or value in inputs:
+        return
+    if constant_bytes(value) <= BYTES_OF_NODE:
         return
     if stored.shape == numbers.shape and np.array_equal(stored, numbers):
         node = model.build(op_type, list(inputs), name="packed_step", attributes=attributes)

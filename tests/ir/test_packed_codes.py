@@ -212,6 +212,30 @@ def test_scales_of_biases_are_not_stored_twice() -> None:
                 assert [name not in stored for name in node.input[1:]] == [computed, computed]
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_bias_may_have_the_very_scale_of_its_weights(scale: float) -> None:
+    """Pixels from 0 to 255 have scale 1: the product is the scale of the weights, and stored once."""
+    codes = random_codes(4, moved=False, shape=(90, 6, 5, 5))
+    scales = np.linspace(0.5, 1.5, 90, dtype=np.float32)
+    own = "s" if scale == 1 else "t"
+    proto = network(
+        "p = QuantizeLinear(x, one, zero) u = DequantizeLinear(p, one, zero) v = DequantizeLinear<axis=0>(q, s, zeros)"
+        f" c = DequantizeLinear<axis=0>(b, {own}, wide) y = Conv(u, v, c)",
+        x=(1, 6, 8, 8), one=np.array(scale, np.float32), zero=np.array(0, np.uint8), q=codes, s=scales,
+        zeros=np.zeros(90, np.int8), b=np.arange(90, dtype=np.int32), wide=np.zeros(90, np.int32),
+        **({} if scale == 1 else {"t": scales * np.float32(scale)}),
+    )  # fmt: skip
+    model = reopened(proto)
+    assert pack_codes(model, (1, 23)) == {"q": 4}
+    packed = model.proto()
+    onnx.checker.check_model(packed)
+    assert "s" in {t.name for t in packed.graph.initializer}
+    assert ("Mul" in {node.op_type for node in packed.graph.node}) is (scale != 1)
+    x = np.random.default_rng(0).integers(0, 255, (1, 6, 8, 8)).astype(np.float32)
+    results = [Session(p.SerializeToString(), threads=1).run(["y"], {"x": x})[0] for p in (proto, packed)]
+    np.testing.assert_array_equal(*results)
+
+
 def test_the_file_is_hardly_more_than_its_codes_scales_and_biases() -> None:
     body = "c = Conv(x, w, b) r = Relu(c) y = Conv(r, v, a)"
     proto = network(body, x=(1, 64, 6, 6), w=(160, 64, 3, 3), b=(160,), v=(96, 160, 3, 3), a=(96,))
