@@ -68,7 +68,7 @@ def pool_to_layer(model: Model, pool: Node) -> bool:
 
 def layers_to_pools(model: Model) -> None:
     """Write what `pool_to_layer` has written as AveragePool again, in place."""
-    found = [node for node in model.nodes() if standard_op_type(node) == "Conv" and _is_window(node)]
+    found = [node for node in model.nodes() if standard_op_type(node) == "Conv" and is_window(node)]
     for node in found:
         kept = {key: value for key in (*KEPT, "pads") if (value := attribute(node, key)) is not None}
         counts = int(any(kept.get("pads", [])))
@@ -77,7 +77,8 @@ def layers_to_pools(model: Model) -> None:
         model.sweep()
 
 
-def _is_window(conv: Node) -> bool:
+def is_window(conv: Node) -> bool:
+    """Whether a Conv is an AveragePool, as `pool_to_layer` writes it."""
     weight = read_dequantizer(input_of(conv, 1))
     codes = None if weight is None or not (weight.codes.name or "").endswith(MARK) else constant_array(weight.codes)
     return codes is not None and bool((codes == CODE).all())

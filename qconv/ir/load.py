@@ -22,14 +22,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import onnx
 
 from qconv.config.targets import LOWEST_OPSET
-from qconv.errors import Change, QconvError
+from qconv.errors import Change, QconvError, format_count
 from qconv.ir import legacy
 from qconv.ir.constants import fold_constant_nodes, lift_constants
 from qconv.ir.files import Source, declared_opset, iter_tensors, not_onnx_error
@@ -40,7 +40,7 @@ from qconv.ir.operators import operator
 from qconv.ir.output_shapes import Shape, confirms, contradicts, set_doubtful, shape_of
 from qconv.ir.precision import make_float32
 from qconv.ir.rewriting import standard_op_type, title
-from qconv.ir.runtime_types import complete_types
+from qconv.ir.runtime_types import complete_types, infer_shapes, settle_pools
 
 SMALL_TENSOR = 1024  # bytes; smaller ones may be shapes or axes, which the converter needs to see
 
@@ -84,6 +84,9 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     if current < opset:
         proto = _convert_opset(proto, source, current, opset)
         changes.append(Change("load", source.name, f"opset {current} raised to {opset}"))
+    settled = _settle_pools(proto, source)
+    if settled:
+        changes.append(Change("load", source.name, f"pads of {format_count(settled, 'pool')} written out"))
     doubtful = _infer_shapes(proto, source)
     listed = _reattach_weights(proto, weights)
     if listed:
@@ -228,16 +231,33 @@ def _is_unspoken(node: onnx.NodeProto) -> bool:
     return kinds and all(attribute.name != "kernel_shape" for attribute in node.attribute)
 
 
+def _settle_pools(proto: onnx.ModelProto, source: Source) -> int:
+    """Write pads of pools out where onnx and the runtime count places in two ways. Returns how many there were."""
+    plain = onnx.ModelProto()
+    plain.CopyFrom(proto)
+    _forget_shapes(plain)
+    with _telling_what_does_not_fit(source):
+        settled = settle_pools(plain)
+    for node, own in zip(proto.graph.node, plain.graph.node, strict=True) if settled else ():
+        node.CopyFrom(own)
+    return settled
+
+
+def _forget_shapes(proto: onnx.ModelProto) -> None:
+    """Drop the shapes that a file says, but for those of inputs."""
+    del proto.graph.value_info[:]
+    for output in proto.graph.output:
+        if output.type.HasField("tensor_type"):
+            output.type.tensor_type.ClearField("shape")
+
+
 def _infer_shapes(proto: onnx.ModelProto, source: Source) -> dict[str, Shape | None]:
     """Let onnx infer shapes; stale ones in the file are dropped first, but those of outputs that may be right.
 
     Returns the outputs of which the file declares more than is inferred, or another thing, with what that is.
     """
-    del proto.graph.value_info[:]
     declared = [onnx.TypeProto.FromString(output.type.SerializeToString()) for output in proto.graph.output]
-    for output in proto.graph.output:
-        if output.type.HasField("tensor_type"):
-            output.type.tensor_type.ClearField("shape")
+    _forget_shapes(proto)
     inferred = _infer(proto, source)
     doubtful: dict[str, Shape | None] = {}
     for output, said, found in zip(proto.graph.output, declared, inferred.graph.output, strict=True):
@@ -253,10 +273,14 @@ def _infer_shapes(proto: onnx.ModelProto, source: Source) -> dict[str, Shape | N
 
 
 def _infer(proto: onnx.ModelProto, source: Source) -> onnx.ModelProto:
-    from onnx import shape_inference
+    with _telling_what_does_not_fit(source):
+        return infer_shapes(proto)
 
+
+@contextlib.contextmanager
+def _telling_what_does_not_fit(source: Source) -> Iterator[None]:
     try:
-        return shape_inference.infer_shapes(proto, data_prop=True)
+        yield
     except Exception as error:  # a C++ exception of no fixed type
         raise QconvError(
             f"{source.name} does not fit together: {_first_line(error)}",
@@ -287,8 +311,6 @@ def load_unchanged(proto: onnx.ModelProto, source: Source) -> Model:
 
 def infer_shapes_at(model: Model, name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Infer the shapes of all tensors, by name, when the input `name` has `shape`, as far as onnx can."""
-    from onnx import shape_inference
-
     proto = model.proto()
     detach_weights(proto)
     for value in proto.graph.input:
@@ -299,7 +321,7 @@ def infer_shapes_at(model: Model, name: str, shape: Sequence[int]) -> dict[str, 
                 sides.dim.add().dim_value = side
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
-    inferred = shape_inference.infer_shapes(proto, data_prop=True).graph
+    inferred = infer_shapes(proto).graph
     found: dict[str, tuple[int, ...]] = {}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         dims = value.type.tensor_type.shape.dim

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qconv.ir.load import detach_weights
+from qconv.ir.runtime_types import infer_shapes
 from qconv.runtime.output_origins import Join
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ MOST_STEPS = 16
 
 def find_joins(proto: onnx.ModelProto) -> dict[str, Join]:
     """The join of each output that ends in one, by name. Shapes that onnx does not infer leave an output out."""
-    from onnx import shape_inference
-
     producers = {name: node for node in proto.graph.node for name in node.output}
     if not any(_find_concat(output.name, producers) for output in proto.graph.output):
         return {}
@@ -33,7 +32,7 @@ def find_joins(proto: onnx.ModelProto) -> dict[str, Join]:
     plain.CopyFrom(proto)
     detach_weights(plain)
     try:
-        graph = shape_inference.infer_shapes(plain, data_prop=True).graph
+        graph = infer_shapes(plain).graph
     except Exception:  # a C++ exception of no fixed type: loading says what is the matter
         return {}
     shapes = {

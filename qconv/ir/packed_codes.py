@@ -17,7 +17,7 @@ Scales of biases, which are products of two scales that the file has, become pro
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +26,13 @@ from numpy.typing import NDArray
 
 from qconv.config.choices import OLDEST_RUNTIME, PACKED_BITS
 from qconv.config.targets import PACKED_FORMS
-from qconv.errors import Change, Finding, format_count
+from qconv.errors import Change, Finding, format_bytes, format_count
 from qconv.ir.constants import freeze
+from qconv.ir.fast_pools import is_window
 from qconv.ir.model import DataType, Model, Node, Value, attribute, input_of
 from qconv.ir.newest import known_opset
 from qconv.ir.stored_weights import (
+    StoredWeights,
     constant_bytes,
     constant_numbers,
     constant_value,
@@ -98,17 +100,40 @@ def packing_runtime(model: Model) -> str | None:
     return ".".join(map(str, max(found))) if found else None
 
 
-def describe_packing(packed: Mapping[str, int]) -> list[Finding]:
-    """packed: bits by the name of codes."""
+def describe_packing(packed: Mapping[str, int], whole: Mapping[str, int]) -> list[Finding]:
+    """packed: bits by the name of codes. whole: bytes of the other codes by their names."""
     counts = sorted(Counter(packed.values()).items())
-    return [
-        Change("pack", f"{bits} bits", f"codes of {format_count(count, 'layer')} stored with {bits} bits each")
+    told = [
+        (f"{bits} bits", f"codes of {format_count(count, 'layer')} stored with {bits} bits each")
         for bits, count in counts
     ]
+    if whole:
+        told.append(
+            (
+                "8 bits",
+                f"codes of {format_count(len(whole), 'layer')} stay as they are, {format_bytes(sum(whole.values()))}",
+            )
+        )
+    return [Change("pack", where, what) for where, what in told]
+
+
+def iter_codes(model: Model) -> Iterator[tuple[Node, StoredWeights, NDArray[np.int8]]]:
+    """The codes of 8 bits that layers have as constants, each once, with the first layer that has them."""
+    done: set[Value] = set()
+    for node in model.nodes():
+        found = find_stored_weights(model, node)
+        if found is None or found.in_float or found.computed or found.codes in done:
+            continue
+        done.add(found.codes)
+        numbers = constant_numbers(found.codes)
+        if numbers is not None and numbers.dtype == np.int8 and numbers.ndim > 1:
+            yield node, found, numbers
 
 
 def pack_codes(model: Model, runtime: tuple[int, int], forms: Collection[str] = PACKED_FORMS) -> dict[str, int]:
-    """Pack the weight codes of a quantized model in place, those that become smaller. Returns bits by names.
+    """Pack the weight codes of a quantized model in place, those that become smaller.
+
+    Returns bits by the names of the codes of layers; those of averages that are written as layers are not among them.
 
     Args:
         model: With int8 codes. Its opset stays, and decides the form.
@@ -116,19 +141,12 @@ def pack_codes(model: Model, runtime: tuple[int, int], forms: Collection[str] = 
         forms: Those that may be taken.
     """
     packed: dict[str, int] = {}
-    done: set[Value] = set()
     unpacking = _Unpacking(model, runtime, forms)
-    for node in model.nodes():
-        found = find_stored_weights(model, node)
-        if found is None or found.in_float or found.computed or found.codes in done:
-            continue
-        done.add(found.codes)
-        numbers = constant_numbers(found.codes)
-        if numbers is None or numbers.dtype != np.int8 or numbers.ndim < 2 or found.codes.is_graph_output():
-            continue
+    for node, found, numbers in iter_codes(model):
         packing = _choose_packing(numbers, found.axis)
-        if packing.bits <= PACKED_BITS and unpacking.saving(packing) > 0:
-            packed[found.codes.name or ""] = packing.bits
+        if packing.bits <= PACKED_BITS and unpacking.saving(packing) > 0 and not found.codes.is_graph_output():
+            if not is_window(node):
+                packed[found.codes.name or ""] = packing.bits
             unpacking.write(found.codes, packing)
     if packed:
         _compute_bias_scales(model)

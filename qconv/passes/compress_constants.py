@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qconv.errors import Change, Finding
+from qconv.errors import Change, Finding, format_count
 from qconv.ir.model import DataType, Model, Value, constant_array
 
 LEAST_BYTES = 4096  # below, the two nodes cost as much as they save
@@ -68,7 +68,7 @@ def _replace_by_tables(model: Model) -> list[Finding]:
         gather = model.build("Gather", [entries, index.outputs[0]], name=f"{name}_values", like=value)
         model.insert_first(index, gather)
         model.redirect(value, gather.outputs[0], readers=readers)
-        stored_as = f"stored as {len(table)} values and one byte an element"
+        stored_as = f"stored as {format_count(len(table), 'value')} and one byte an element"
         findings.append(Change("shrink", name, stored_as, "constants of few values stored in one byte an element"))
     model.sweep()
     return findings

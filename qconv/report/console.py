@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qconv.config.targets import TARGETS
-from qconv.errors import Change, Finding, Skipped, format_bytes, format_count, printable
+from qconv.errors import Change, Skipped, format_bytes, format_count, printable
 from qconv.report.text import describe_difference, format_columns, wrap_text
 from qconv.results.precision import FOR_ACCURACY, PrecisionReport
 from qconv.results.quantize import FloatNode, MixedPrecision, OutputScore, Report
@@ -21,6 +21,11 @@ from qconv.results.sample_curve import SampleCurve, Spread, format_value
 from qconv.results.scores import DECIBEL, FLOAT_MAP, LabelledScores, Metric, Score, by_rank
 
 MOST_LINES = 8
+"""Of changes, and of what was left alone; one more where that is all."""
+
+OWN_TITLES = {"pack": "packed", "tune": "tuned"}
+"""Steps whose changes have lines of their own, which no number of other changes hides."""
+
 TITLE_WIDTH = 12
 
 
@@ -123,8 +128,9 @@ def _summary_lines(report: Report) -> list[tuple[str, str]]:
     lines += [("outputs" if not index else "", escape(o.in_words)) for index, o in enumerate(report.outputs)]
     if report.preprocessing_words:
         lines.append(("pictures", escape(report.preprocessing_words)))
-    lines += [("changed", text) for text in _change_lines(report)][:MOST_LINES]
-    lines += [("tuned", escape(c.what)) for c in report.findings if isinstance(c, Change) and _is_tuning_finding(c)]
+    lines += [("changed", text) for text in _first(_change_lines(report))]
+    changes = [found for found in report.findings if isinstance(found, Change)]
+    lines += [(title, escape(c.what)) for step, title in OWN_TITLES.items() for c in changes if c.step == step]
     lines += _mixed_precision_lines(report.mixed)
     lines += _precise_activation_lines(report.precision)
     lines += _execution_lines(report)
@@ -221,14 +227,15 @@ def _change_lines(report: Report) -> list[str]:
     """Describe changes, one line a kind, with how often it was made."""
     kinds: Counter[str] = Counter()
     for found in report.findings:
-        if isinstance(found, Change) and not _is_tuning_finding(found):
+        if isinstance(found, Change) and found.step not in OWN_TITLES:
             kinds[found.kind or found.what] += 1
     return [f"{count} x {escape(kind)}" if count > 1 else escape(kind) for kind, count in kinds.most_common()]
 
 
-def _is_tuning_finding(found: Finding) -> bool:
-    """Whether a finding is about latency tuning, which has a line that no number of other changes may hide."""
-    return isinstance(found, Change) and found.step == "tune"
+def _first(lines: list[str]) -> list[str]:
+    """The first lines, and how many more there are."""
+    more = len(lines) - MOST_LINES
+    return lines if more <= 1 else [*lines[:MOST_LINES], f"and {more} more kinds, which -v tells"]
 
 
 def _float_node_lines(islands: tuple[FloatNode, ...]) -> list[str]:
@@ -273,7 +280,7 @@ def _skipped_lines(report: Report) -> list[str]:
     for found in report.findings:
         if isinstance(found, Skipped):
             reasons.setdefault(found.why, []).append(found.where)
-    return [f"{_join_some(places)}: {escape(why)}" for why, places in list(reasons.items())[:MOST_LINES]]
+    return _first([f"{_join_some(places)}: {escape(why)}" for why, places in reasons.items()])
 
 
 def _join_some(names: list[str]) -> str:
