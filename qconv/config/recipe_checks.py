@@ -12,6 +12,9 @@ from qconv.config.choices import (
     CHANNEL_CALIBRATORS,
     FEW_BITS_CALIBRATOR,
     FLOAT_BITS,
+    INT4_BITS,
+    INT4_OPSET,
+    INT4_RUNTIME,
     NO_IMAGES,
     OLDEST_RUNTIME,
     PACKED_BITS,
@@ -153,7 +156,6 @@ def check_target(recipe: Recipe) -> None:
         ("weight-scheme", recipe.weight_scheme or Scheme.SYMMETRIC, target.weight_schemes),
         ("activation-scheme", recipe.activation_scheme, target.activation_schemes),
         ("weight-granularity", recipe.weight_granularity, target.granularities),
-        ("pack", recipe.pack, {False, bool(target.packed_forms)}),
         ("embed-preprocessing", recipe.embed_preprocessing, {None, *(Layout if target.takes_pixels else ())}),
     )
     for option, value, accepted in demands:
@@ -184,6 +186,16 @@ def check_packing(recipe: Recipe) -> None:
     fact = f"--pack with {recipe.weight_bits}-bit weights"
     hint = f"pass --weight-bits {PACKED_BITS} or fewer, for some layers at least: codes of 8 bits fill their bytes."
     require(not recipe.pack or min(recipe.bits_of_weights) <= PACKED_BITS, fact, hint)
+    forms, why = recipe.packed_forms, TARGETS[recipe.target].why_packed
+    if recipe.pack and "bytes" not in forms:
+        told = f"with --target {recipe.target}"
+        require(bool(forms), f"--pack {told}", f"{why}.")
+        hint = f"{why}: pass --weight-bits {INT4_BITS} or fewer, for some layers at least, or leave --pack out."
+        require(min(recipe.bits_of_weights) <= INT4_BITS, f"{fact} and --target {recipe.target}", hint)
+        own = ".".join(map(str, INT4_RUNTIME))
+        hint = f"{why}, which needs {own} or newer and opset {INT4_OPSET}: leave that or --pack out."
+        require(recipe.oldest_runtime >= INT4_RUNTIME, f"--pack {told} and --needs {recipe.needs}", hint)
+        require((recipe.opset or INT4_OPSET) >= INT4_OPSET, f"--pack {told} and --opset {recipe.opset}", hint)
 
 
 def check_data_free(recipe: Recipe) -> None:

@@ -44,7 +44,7 @@ OPSETS: Mapping[int, OpsetSupport] = {
 
 def parse_runtime(version: str) -> tuple[int, int]:
     """The first two numbers of a version. Raises QconvError for what is none, as `1`."""
-    found = re.fullmatch(r"(\d{1,4})\.(\d{1,4})(\.\d{1,4})?", version)
+    found = re.fullmatch(r"(\d{1,4})\.(\d{1,4})(\.\d{1,4})?", version, re.ASCII)
     if found is None:
         raise QconvError(f"--needs {version} is no version of ONNX Runtime.", "write it as 1.23.")
     return int(found[1]), int(found[2])
@@ -109,7 +109,7 @@ class Target:
     candidate_activation_bits: what a tensor of a network with 8-bit activations may have in their place, 32 for float.
     fast_forms: whether what only ONNX Runtime's CPU provider was measured to run faster is written: codes padded with
     channels, operators between quantizer and dequantizer, negative scales. Other runtimes may not fuse around them.
-    packed_forms: of `ir.packed_codes`, which it takes and gets right.
+    packed_forms: of `ir.packed_codes`, which it takes and gets right. why_packed: why no more.
     per_tensor_weight_ops: weights of these operators have one scale. saturates_int16_pairs: on x86 without VNNI it adds
     products in pairs of 16 bits.
     """
@@ -136,6 +136,7 @@ class Target:
     weight_schemes: frozenset[str] = frozenset({"symmetric", "asymmetric"})
     granularities: frozenset[str] = frozenset({"per-tensor", "per-channel", "per-block"})
     packed_forms: frozenset[str] = PACKED_FORMS
+    why_packed: str = ""
     takes_pixels: bool = True
     why: str = ""
 
@@ -176,6 +177,7 @@ TARGETS: dict[str, Target] = {
         weight_schemes=frozenset({"symmetric"}),
         granularities=frozenset({"per-tensor", "per-channel"}),
         packed_forms=frozenset(),
+        why_packed="TensorRT takes int4 for blocks of weights alone: leave --pack out",
         takes_pixels=False,
         why="TensorRT takes int8 codes with zero point 0, one scale a tensor (a channel of weights), no uint8 input",
     ),
@@ -191,6 +193,7 @@ TARGETS: dict[str, Target] = {
         candidate_activation_bits=frozenset({8, 32}),
         granularities=frozenset({"per-tensor", "per-channel"}),
         packed_forms=frozenset({"int4"}),
+        why_packed="OpenVINO gets packed codes right as int4 alone",
         why="OpenVINO's integer layers have 8 bits and one scale a tensor or, for weights, a channel",
     ),
     "generic": Target("generic", float_ops=NO_FAST_FORMS, keeps_activations=True),

@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError, Message
 
 from qconv.errors import QconvError
 from qconv.ir.metadata import FLOAT_MODEL_KEY, VERSION_KEY, read_preprocessing
-from qconv.ir.model import Model, ir
+from qconv.ir.model import DataType, Model, ir
 from qconv.ir.node_order import sort_nodes
 from qconv.storage import check_output_path, convert_os_errors, locked_folder, sync_file, sync_folder, temporary_path
 
@@ -222,14 +222,13 @@ def file_bytes(proto: onnx.ModelProto, source: Source) -> int:
 
 
 def _find_quantized_node(proto: onnx.ModelProto, *, of_constants: bool) -> Any:
-    """The first node that tells, or None. qconv's own Cast of weights, codes of one or two bytes, does.
+    """The first node that tells, or None. qconv's own Cast of weights, codes of up to two bytes, does, or BitShift.
 
     of_constants: whether nodes that read constants alone count, such as a DequantizeLinear of weights. Of a file by
     qconv they do: it was made from another one.
     """
     own = VERSION_KEY in metadata_of(proto)
-    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT16) if own else ()
-    codes = {tensor.name for tensor in proto.graph.initializer if tensor.data_type in kinds}
+    codes = {tensor.name: tensor.data_type for tensor in proto.graph.initializer if own}
     constant = {"", *(tensor.name for tensor in proto.graph.initializer)}
     for node in proto.graph.node:
         if constant.issuperset(node.input) and not any(attr.type in _BODIES for attr in node.attribute):
@@ -238,10 +237,13 @@ def _find_quantized_node(proto: onnx.ModelProto, *, of_constants: bool) -> Any:
                 continue
         if node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear"):
             return node
-        if node.op_type == "Cast" and node.input[0] in codes:
+        if codes.get(next(iter(node.input), "")) in _CODE_TYPES.get(node.op_type, ()):
             return node
     return None
 
+
+_CODE_TYPES = {"Cast": {DataType.INT8, DataType.INT16, DataType.INT4, DataType.INT2}, "BitShift": {DataType.UINT8}}
+"""What qconv's own operators read that unpack codes, or make floats of them once."""
 
 _BODIES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.choices import OLDEST_RUNTIME, PACKED_BITS
+from qconv.config.choices import INT4_BITS, INT4_OPSET, INT4_RUNTIME, OLDEST_RUNTIME, PACKED_BITS
 from qconv.config.targets import PACKED_FORMS
 from qconv.errors import Change, Finding, format_bytes, format_count
 from qconv.ir.constants import freeze
@@ -40,10 +40,8 @@ from qconv.ir.stored_weights import (
     read_weight_dequantizer,
 )
 
-INT4_OPSET, INT4_RUNTIME = 21, (1, 23)
-"""From which on ONNX Runtime computes a Cast of int4. Measured on 1.19.2 to 1.32.0, as what follows."""
-
 INT2_OPSET, INT2_RUNTIME = 25, (1, 24)
+"""From which on ONNX Runtime computes a Cast of int2. Measured as `INT4_RUNTIME`, as what follows."""
 
 SMALL_SUM_OPSET, SMALL_SUM_RUNTIME = 14, (1, 22)
 """From which on it adds codes of 8 bits; before, int32 takes their place, and four times the memory at load."""
@@ -78,9 +76,16 @@ class _Packing:
 # -- packing -----------------------------------------------------------------------------------------------------------
 
 
+def packed_width(bits: int, forms: Collection[str] = PACKED_FORMS) -> int:
+    """The bits that codes of so many are stored with in these forms; 8 where none is for them."""
+    if "bytes" in forms or f"int{bits}" in forms:
+        return bits
+    return INT4_BITS if "int4" in forms and bits < INT4_BITS else 8
+
+
 def packing_opset(bits: int, runtime: tuple[int, int]) -> int:
     """The opset in which codes of so many bits have a type of their own that this ONNX Runtime takes; 0 for none."""
-    if bits == 4 and runtime >= INT4_RUNTIME:
+    if bits == INT4_BITS and runtime >= INT4_RUNTIME:
         return INT4_OPSET
     known = known_opset() >= INT2_OPSET
     return INT2_OPSET if bits == 2 and runtime >= INT2_RUNTIME and known else 0
@@ -100,20 +105,16 @@ def packing_runtime(model: Model) -> str | None:
     return ".".join(map(str, max(found))) if found else None
 
 
-def describe_packing(packed: Mapping[str, int], whole: Mapping[str, int]) -> list[Finding]:
-    """packed: bits by the name of codes. whole: bytes of the other codes by their names."""
+def describe_packing(packed: Mapping[str, int], whole: Mapping[str, int], why: str) -> list[Finding]:
+    """packed: bits by the name of codes. whole: bytes of the other codes by their names. why: they stay so."""
     counts = sorted(Counter(packed.values()).items())
     told = [
         (f"{bits} bits", f"codes of {format_count(count, 'layer')} stored with {bits} bits each")
         for bits, count in counts
     ]
     if whole:
-        told.append(
-            (
-                "8 bits",
-                f"codes of {format_count(len(whole), 'layer')} stay as they are, {format_bytes(sum(whole.values()))}",
-            )
-        )
+        size = format_bytes(sum(whole.values()))
+        told.append(("8 bits", f"codes of {format_count(len(whole), 'layer')} stay as they are: {size}{why}"))
     return [Change("pack", where, what) for where, what in told]
 
 
@@ -143,7 +144,7 @@ def pack_codes(model: Model, runtime: tuple[int, int], forms: Collection[str] = 
     packed: dict[str, int] = {}
     unpacking = _Unpacking(model, runtime, forms)
     for node, found, numbers in iter_codes(model):
-        packing = _choose_packing(numbers, found.axis)
+        packing = _choose_packing(numbers, found.axis, forms)
         if packing.bits <= PACKED_BITS and unpacking.saving(packing) > 0 and not found.codes.is_graph_output():
             if not is_window(node):
                 packed[found.codes.name or ""] = packing.bits
@@ -153,7 +154,7 @@ def pack_codes(model: Model, runtime: tuple[int, int], forms: Collection[str] = 
     return packed
 
 
-def _choose_packing(codes: NDArray[np.int8], axis: int) -> _Packing:
+def _choose_packing(codes: NDArray[np.int8], axis: int, forms: Collection[str]) -> _Packing:
     whole = codes.astype(np.int16)
     others = tuple(i for i in range(codes.ndim) if i != axis)
     packings = []
@@ -161,7 +162,7 @@ def _choose_packing(codes: NDArray[np.int8], axis: int) -> _Packing:
         (whole.min(), whole.max()),
         (whole.min(others, keepdims=True), whole.max(others, keepdims=True)),
     ):
-        bits = max(2, int((most - least).max()).bit_length())
+        bits = packed_width(max(2, int((most - least).max()).bit_length()), forms)
         if bits in (2, 4) and np.min(least) >= -(1 << (bits - 1)) and np.max(most) < 1 << (bits - 1):
             least = np.int16(-(1 << (bits - 1)))  # signed codes need no offset
         packings.append(_Packing((whole - least).astype(np.uint8), np.asarray(least), bits))
@@ -186,7 +187,7 @@ class _Unpacking:
     def saving(self, packing: _Packing) -> int:
         """The bytes by which the file becomes smaller, about; 0 where no form is left for these codes."""
         if packing.bits not in self.whole_types and not self.takes_bytes:
-            return 0
+            return 0  # an opset of the file's own
         nodes = 2 if packing.bits in self.whole_types else 3 + 4 * len(_planes(packing.bits))
         packed = packing.codes.size * packing.bits / 8 + packing.least.size
         return int(packing.codes.size - packed - nodes * BYTES_OF_NODE)

@@ -7,7 +7,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import HIGHEST_OPSET, LOWERED_OPSET, LOWEST_OPSET, OPSETS, parse_runtime
 from qconv.errors import QconvError
 from qconv.ir.model import Model
-from qconv.ir.packed_codes import packing_opset, packing_runtime
+from qconv.ir.packed_codes import packed_width, packing_opset, packing_runtime
 
 NEW_TYPES_OPSET = 21  # int4, int16 and blocks
 
@@ -22,7 +22,9 @@ def needed_opset(recipe: Recipe, own: int) -> int:
         own = LOWERED_OPSET
     needed = max(own, NEW_TYPES_OPSET if new_types else LOWEST_OPSET)
     if recipe.opset is None:
-        packs = (bits for bits in recipe.bits_of_weights if recipe.pack and f"int{bits}" in recipe.packed_forms)
+        forms = recipe.packed_forms
+        widths = {packed_width(bits, forms) for bits in recipe.bits_of_weights if recipe.pack}
+        packs = (bits for bits in widths if f"int{bits}" in forms)
         return max([needed, *(packing_opset(bits, recipe.oldest_runtime) for bits in packs)])
     if recipe.opset < needed:
         what = "the model's own opset" if needed == own else "what these types need"
@@ -43,7 +45,8 @@ def needed_runtime(model: Model, recipe: Recipe) -> str:
 def _runtime_needs(model: Model, recipe: Recipe) -> list[tuple[str, str]]:
     """Versions of ONNX Runtime that something in the file needs, each with what takes it away."""
     version = OPSETS.get(model.opset, OPSETS[HIGHEST_OPSET]).runtime
-    needs = [(version, f"give a model, and bits, that opset {model.opset} is not needed for")]
+    hint = f"give a model, and bits, that opset {model.opset} is not needed for"
+    needs = [(version, "pass a lower --opset" if recipe.opset == model.opset else hint)]
     if recipe.activation_bits < 32 and any(map(recipe.has_zero_points, recipe.bits_of_weights)):
         needs.append(("1.28", "pass --weight-scheme symmetric"))  # earlier ones refuse zero points that differ
     packed = packing_runtime(model)

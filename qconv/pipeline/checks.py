@@ -25,9 +25,10 @@ from qconv.data.loader import DataLoader
 from qconv.errors import Finding, QconvError, Skipped, format_some
 from qconv.ir import files
 from qconv.ir.data_shapes import find_data_dependent
+from qconv.ir.fast_pools import is_window
 from qconv.ir.files import Source
 from qconv.ir.model import Model, dims
-from qconv.ir.packed_codes import NOTHING_TO_PACK, describe_packing, pack_codes
+from qconv.ir.packed_codes import NOTHING_TO_PACK, describe_packing, iter_codes, pack_codes
 from qconv.metrics.comparison import verify
 from qconv.pipeline.collect import CalibrationData
 from qconv.planning.plan import Plan
@@ -83,7 +84,10 @@ def pack_written(model: Model, recipe: Recipe, reporter: Reporter) -> tuple[Mode
     packed = pack_codes(written, recipe.oldest_runtime, recipe.packed_forms)
     if not packed:
         reporter.warn(f"--pack changes nothing: {NOTHING_TO_PACK}.")
-    return written, describe_packing(packed)
+        return written, []
+    whole = {found.codes.name or "": codes.size for node, found, codes in iter_codes(written) if not is_window(node)}
+    edges = f", first and last by --edge-bits {recipe.edge_bits}" if recipe.edge_bits > recipe.weight_bits else ""
+    return written, describe_packing(packed, whole, edges)
 
 
 def warn_of_uncorrected_biases(solution: QuantizationSolution, recipe: Recipe, reporter: Reporter) -> None:

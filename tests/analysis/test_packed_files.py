@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,10 +12,11 @@ from PIL import Image
 
 from qconv.analysis import compare
 from qconv.analysis.inspect_quantized import inspect_quantized
-from qconv.auditing.audit import audit_file
+from qconv.auditing.audit import audit_file, detect_format
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.ir.files import Source
+from qconv.errors import QconvError
+from qconv.ir.files import Source, read_proto, refuse_quantized
 from qconv.pipeline.quantize import quantize
 from qconv.reporter import Reporter
 from tests.support.libraries import skip_without
@@ -31,18 +33,23 @@ FORMS = {"int4": ("4", None), "bytes": ("3", None), "bytes by int32": ("4", "1.1
 @pytest.fixture(scope="module", params=FORMS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bits, needs = FORMS[request.param]
+    return packed_beside_plain(
+        tmp_path_factory.mktemp("packed"), needs, weight_bits=int(bits), edge_bits=int(bits), float_budget=0.0
+    )
+
+
+def packed_beside_plain(place: Path, needs: str | None, **options: Any) -> Path:
+    """A folder with pictures, a network, and what becomes of it with these options, packed and not."""
     if needs is None:
         skip_without("onnxruntime", "1.23", "this form of packed codes does")
-    place = tmp_path_factory.mktemp("packed")
     for number in range(12):
         level = np.random.default_rng(number).integers(0, 256, (48, 48, 3)).astype(np.uint8)
         Image.fromarray(level).save(place / f"{number}.png")
     onnx.save(network(BODY, ("N", 3, 48, 48), **SHAPES), place / "net.onnx")
     data = DataOptions((str(place),), **OPTIONS)
-    recipe = {"threads": 1, "weight_bits": int(bits), "edge_bits": int(bits), "float_budget": 0.0, "needs": needs}
     for name, pack in (("plain", False), ("packed", True)):
         source = Source("net.onnx", place / "net.onnx")
-        quantize(source, place / f"{name}.onnx", Recipe(pack=pack, **recipe), data)  # type: ignore[arg-type]
+        quantize(source, place / f"{name}.onnx", Recipe(pack=pack, threads=1, needs=needs, **options), data)
     return place
 
 
@@ -82,3 +89,30 @@ def test_audit_sees_the_same_network(folder: Path) -> None:
     assert [(row.node, row.rule) for row in plain.on_codes] == [(row.node, row.rule) for row in packed.on_codes]
     assert {row.rule for row in packed.on_codes} == {"padded-channels"}
     assert plain.saturating == packed.saturating
+
+
+@pytest.mark.parametrize(
+    ("bits", "needs", "granularity"),
+    [
+        (4, None, "per-channel"),
+        (4, None, "per-block"),
+        (4, "1.19", "per-channel"),
+        (3, None, "per-channel"),
+        (2, None, "per-channel"),
+    ],
+)
+def test_weights_alone_are_known_as_codes_in_every_form(
+    tmp_path: Path, bits: int, needs: str | None, granularity: str
+) -> None:
+    """As the file without packing: told of, compared, and not quantized once more."""
+    options = {"weight_bits": bits, "edge_bits": bits, "activation_bits": 32, "weight_granularity": granularity}
+    packed_beside_plain(tmp_path, needs, **options)
+    plain, packed = (source(tmp_path, name) for name in ("plain", "packed"))
+    for one in (plain, packed):
+        assert detect_format(read_proto(one))[0] == "weights only"
+        assert {row.bits for row in inspect_quantized(one).layers} == {bits}
+        with pytest.raises(QconvError, match="already quantized"):
+            refuse_quantized(read_proto(one), one.name)
+    data = DataOptions((str(tmp_path),), **OPTIONS)
+    found = compare.compare_on_images(source(tmp_path, "net"), packed, data, Reporter()).compared
+    assert {row.name for row in found.layers if row.weights is not None} == {"c", "d", "y"}

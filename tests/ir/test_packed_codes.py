@@ -139,14 +139,31 @@ def test_codes_of_8_bits_and_small_layers_stay() -> None:
         assert model.proto().SerializeToString() == before
 
 
-@pytest.mark.parametrize(("bits", "needs", "kind"), [(4, None, "int4"), (4, "1.19", ""), (3, None, ""), (2, None, "")])
-def test_openvino_gets_the_form_that_it_reads_right(bits: int, needs: str | None, kind: str) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_openvino_gets_the_form_that_it_reads_right(bits: int) -> None:
     """OpenVINO 2026.4 loads no int2, and makes other numbers of bytes in the weights of a Gemm."""
-    found = wide(weight_bits=bits, pack=True, needs=needs, target="openvino")
-    kinds = {t.data_type for t in found.proto.graph.initializer}
-    assert (onnx.TensorProto.INT4 in kinds) is (kind == "int4")
+    packed, plain = (wide(weight_bits=bits, pack=pack, target="openvino", opset=21) for pack in (True, False))
+    kinds = {t.data_type for t in packed.proto.graph.initializer}
+    assert onnx.TensorProto.INT4 in kinds
     assert INT2 not in kinds
-    assert "BitShift" not in {node.op_type for node in found.proto.graph.node}
+    assert {"BitShift", "Add"}.isdisjoint(node.op_type for node in packed.proto.graph.node)
+    for name, result in plain.got.items():
+        np.testing.assert_array_equal(packed.got[name], result)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"target": "tensorrt"}, "leave --pack out"),
+        ({"target": "openvino", "needs": "1.22"}, "needs 1.23 or newer"),
+        ({"target": "openvino", "opset": 20}, "opset 21"),
+        ({"target": "openvino", "weight_bits": 5}, "--weight-bits 4 or fewer"),
+    ],
+)
+def test_forms_that_a_target_does_not_take_are_refused_before_the_work(options: dict[str, object], told: str) -> None:
+    with pytest.raises(QconvError, match="is not possible") as caught:
+        Recipe(**{"weight_bits": 4, "pack": True, **options})  # type: ignore[arg-type]
+    assert told in caught.value.hint
 
 
 def test_one_tensor_of_two_layers_is_packed_once() -> None:
@@ -291,7 +308,7 @@ def test_a_result_that_would_need_more_is_refused_before_the_work(
         check_needs(model, recipe)
 
 
-@pytest.mark.parametrize("wrong", ["1", "new", "1.18", "0.9", "1.23.x", ""])
+@pytest.mark.parametrize("wrong", ["1", "new", "1.18", "0.9", "1.23.x", "", "\uff11.\uff12\uff13"])
 def test_odd_versions_are_refused(wrong: str) -> None:
     with pytest.raises(QconvError, match="--needs"):
         Recipe(needs=wrong)
