@@ -42,7 +42,7 @@ from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
 from qconv.ir.data_shapes import find_data_shaped
 from qconv.ir.fast_forms import take_back_fast_forms
-from qconv.ir.files import Source, holds_codes, metadata_of, read_proto
+from qconv.ir.files import Source, holds_codes, is_quantized, metadata_of, read_proto
 from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.layers import layers_inside
 from qconv.ir.model import Model, Value
@@ -159,6 +159,10 @@ def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
     if not holds_codes(proto):
         fact = f"{request.model.name} is not quantized."
         raise QconvError(fact, "pass the float model first, and the quantized one behind it.")
+    if is_quantized(read_proto(request.float_model)):
+        fact = f"{request.float_model.name}, given as the float model, is quantized."
+        hint = "pass the float model first; `qconv evaluate MODEL --against OTHER` measures two quantized ones."
+        raise QconvError(fact, hint)
     if any(node.op_type.startswith("QLinear") or node.op_type == "ConvInteger" for node in proto.graph.node):
         fact = f"{request.model.name} holds integer operators, between which there is nothing to compare."
         raise QconvError(fact, "write it with quantizers and dequantizers (Q/DQ), which all tools can.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from qconv.ir.fast_forms import added_channels, padding_of_channels
+from qconv.ir.fast_pools import is_window
 from qconv.ir.model import DataType, Model, Node, Value, constant_array, input_of
 from qconv.ir.stored_weights import read_dequantizer
 from qconv.results.quantize import FloatNode
@@ -24,7 +25,7 @@ def find_code_forms(model: Model, times: Mapping[str, float]) -> Iterator[FloatN
         if node.op_type == "QuantizeLinear" or (codes in of_quantizers and node.op_type != "DequantizeLinear"):
             of_quantizers.update(node.outputs)
         if node.op_type == "Conv":
-            yield from _describe_padding(node, us)
+            yield from _describe_layer(node, us)
         elif node.op_type == "Add" and _is_negated(input_of(node, 1)):
             why = "a Sub, written as an Add that reads the codes of its second input with the negated scale"
             yield FloatNode(name, node.op_type, why, None, "negated-scale", us)
@@ -39,11 +40,14 @@ def _works_on_codes(node: Node) -> bool:
     return padding_of_channels(node.outputs[0]) is None
 
 
-def _describe_padding(conv: Node, us: float | None) -> Iterator[FloatNode]:
+def _describe_layer(conv: Node, us: float | None) -> Iterator[FloatNode]:
     data = read_dequantizer(input_of(conv, 0))
     pad = None if data is None else padding_of_channels(data.codes)
     weight = read_dequantizer(input_of(conv, 1))
     stored = None if weight is None else constant_array(weight.codes)
+    if is_window(conv):
+        why = "an AveragePool, written as a depthwise Conv of equal weights"
+        yield FloatNode(conv.name or "", conv.op_type, why, None, "window", us)
     if pad is None or stored is None:
         return
     inputs = stored.shape[1]

@@ -156,14 +156,15 @@ quantize_options = combine_options(
     click.option(
         "--needs",
         metavar="ORT-VERSION",
-        help="The oldest ONNX Runtime that has to run the result, 1.19 or newer; --pack stores codes so that it can.  "
+        help="The oldest ONNX Runtime that has to run the result, 1.19 or newer; --pack stores codes so that it can. "
+        "The summary tells which the result needs, often an older one.  "
         f"[default: {'.'.join(map(str, COMMON_RUNTIME))} for --pack]",
     ),
     click.option(
         "--allow-matmul-nbits/--no-allow-matmul-nbits",
         default=False,
-        help="With --activation-bits 32: let ONNX Runtime make MatMulNBits of MatMul and Gemm, which also rounds what "
-        "they read; else such weights are exact.",
+        help="With --activation-bits 32: let ONNX Runtime make MatMulNBits of MatMul, and of Gemm without transB, "
+        "which keeps their codes in memory, but also rounds what they read; else they run as exact floats.",
     ),
     click.option(
         "--calibrator",

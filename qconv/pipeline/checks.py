@@ -31,6 +31,7 @@ from qconv.ir.model import Model, dims
 from qconv.ir.packed_codes import NOTHING_TO_PACK, describe_packing, iter_codes, pack_codes
 from qconv.metrics.comparison import verify
 from qconv.pipeline.collect import CalibrationData
+from qconv.planning.eligibility import may_become_nbits
 from qconv.planning.plan import Plan
 from qconv.planning.planner import KEPT_FLOAT_BY_OPTION, is_quantizable_layer
 from qconv.quantizer import SMALLEST_SCALE
@@ -63,6 +64,9 @@ def warn_of_unmatched_options(model: Model, recipe: Recipe, reporter: Reporter) 
     for op_type in recipe.keep_float_op:
         if op_type not in types:
             reporter.warn(f"--keep-float-op {op_type}: the folded model has no such operator.")
+    if recipe.allow_matmul_nbits and not any(map(may_become_nbits, model.nodes())):
+        why = "ONNX Runtime makes MatMulNBits of MatMul, and of Gemm without transB, and the folded model has none"
+        reporter.warn(f"--allow-matmul-nbits changes nothing: {why}.")
 
 
 def warn_of_vain_keep_float(plan: Plan, audited: Audit, reporter: Reporter) -> None:

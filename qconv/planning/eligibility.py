@@ -258,10 +258,15 @@ def computes_at_load(node: Node, recipe: Recipe, target: Target) -> bool:
 
     ONNX Runtime makes MatMulNBits of dequantized weights of a MatMul, or of a Gemm that is one.
     """
-    product = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
+    product = may_become_nbits(node)
     if product and recipe.allow_matmul_nbits:
         return False
     return target.folds_constants or (product and target.on_ort)
+
+
+def may_become_nbits(node: Node) -> bool:
+    """Whether ONNX Runtime makes MatMulNBits of such a layer where its weights are dequantized at every run."""
+    return node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
 
 
 def orient_rule(node: Node, rule: WeightedRule) -> WeightedRule:

@@ -65,7 +65,7 @@ def choose_activation_params(
     params = Params()
     ranges = choose_ranges(plan, sketches, recipe, set_ranges)
     findings = _clip_at_gates(plan, ranges)
-    _share_joined_ranges(plan, ranges)
+    findings += _share_joined_ranges(plan, ranges)
     _widen_average_ranges(plan, ranges)
     _hold_what_copies_read(plan, ranges)
     for value, (low, high) in ranges.items():
@@ -193,7 +193,7 @@ def _clip_at_gates(plan: Plan, ranges: dict[Value, Range]) -> list[Finding]:
     return findings
 
 
-def _share_joined_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
+def _share_joined_ranges(plan: Plan, ranges: dict[Value, Range]) -> list[Finding]:
     """Give what a Concat reads and writes one range where theirs are near, so that it copies codes.
 
     `Plan.ties` has the inputs that nothing else reads. Where one has other readers, its range counts for these, too.
@@ -222,6 +222,15 @@ def _share_joined_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
         root = joined.root(group[0])
         if root in least:  # others keep what they have
             ranges[value] = ranges[root]
+    roots_of: dict[Value, set[Value]] = {}
+    for result, value in _joined_pairs(plan):
+        roots_of.setdefault(result, set()).update(joined.root(groups[one][0]) for one in (result, value))
+    what = "a Concat copies codes: what it joins has near ranges, which became one"
+    return [
+        Change("params", result.name or "", what)
+        for result, roots in roots_of.items()
+        if len(roots) == 1 and not roots.isdisjoint(least)
+    ]
 
 
 def _joined_pairs(plan: Plan) -> Iterator[tuple[Value, Value]]:

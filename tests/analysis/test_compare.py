@@ -321,6 +321,12 @@ def test_a_float_model_is_no_quantized_one(samples: Path) -> None:
         compared(model, model, samples)
 
 
+def test_a_quantized_model_is_no_float_one(samples: Path) -> None:
+    out = quantized(saved(unequal(), samples), samples)
+    with pytest.raises(QconvError, match="given as the float model, is quantized"):
+        compared(out, out, samples)
+
+
 def test_another_network_is_refused(samples: Path) -> None:
     model, other = saved(unequal(), samples), saved(network("y = Relu(x)", ("N", 3, 8, 8)), samples, "other.onnx")
     out = quantized(model, samples)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
 from qconv.ir.fast_forms import take_back_fast_forms
 from qconv.ir.fast_pools import CODE
+from qconv.ir.files import Source
+from qconv.ir.load import load_unchanged
 from qconv.ir.model import attribute
+from qconv.ir.packed_codes import pack_codes
 from tests.support.models import network
 from tests.support.quantized import Quantized, pictures, quantized
 
@@ -51,6 +55,23 @@ def test_a_pool_between_codes_is_a_layer_that_gives_the_same(kind: str, monkeypa
     step = max(float(found.scale.max()) for found in layer.params.activations.values())
     assert np.abs(layer.got["y"] - pool.got["y"]).max() <= 2 * step
     assert [value.name for value in layer.params.activations] == [value.name for value in pool.params.activations]
+
+
+def test_the_audit_tells_of_it() -> None:
+    (told,) = made(POOLS["plain"]).audit.on_codes
+    assert (told.node, told.op, told.rule) == ("e", "Conv", "window")
+    assert told.why == "an AveragePool, written as a depthwise Conv of equal weights"
+
+
+def test_its_weights_are_packed_and_no_layer_of_the_network() -> None:
+    packed, plain = (
+        made("kernel_shape=[8,8]", weight_bits=4, edge_bits=4, pack=pack, needs="1.22") for pack in (True, False)
+    )
+    copy = onnx.ModelProto.FromString(plain.proto.SerializeToString())
+    assert pack_codes(load_unchanged(copy, Source("it", None, b"")), (1, 22)) == {}
+    assert "BitShift" in {node.op_type for node in packed.proto.graph.node}
+    for name, result in plain.got.items():
+        np.testing.assert_array_equal(packed.got[name], result)
 
 
 @pytest.mark.parametrize("kind", STAY)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from qconv.calibration.range_estimators import Range
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
+from qconv.errors import Change
 from qconv.ir.model import Value
 from qconv.planning.plan import Decision, Plan
 from qconv.planning.planner import make_plan
@@ -38,6 +39,13 @@ def chosen(plan: Plan, ranges: Mapping[str, Range]) -> dict[str, QuantParams]:
     return {value.name or "": found for value, found in params.activations.items()}
 
 
+def told(plan: Plan, ranges: Mapping[str, Range]) -> list[str]:
+    """The Concats of which it is said that they copy codes."""
+    known = {value.name or "": ranges.get(value.name or "", (-1.0, 1.0)) for value in plan.activations}
+    _, findings = choose_activation_params(plan, {}, Recipe(), known)
+    return [found.where for found in findings if isinstance(found, Change) and "copies codes" in found.what]
+
+
 def pair(ranges: Mapping[str, Range]) -> dict[str, QuantParams]:
     """c and a are tied; d has another reader."""
     plan = planned(JOINED, w=W, v=V, u=(4, 8, 1, 1))
@@ -61,6 +69,8 @@ def same(one: QuantParams, other: QuantParams) -> bool:
 )
 def test_near_ranges_are_shared(own: Range, result: Range) -> None:
     found = pair({"d": own, "a": result})
+    plan = planned(JOINED, w=W, v=V, u=(4, 8, 1, 1))
+    assert told(plan, {"d": own, "a": result, "c": result}) == ["a"]
     union = SPEC.from_range(min(own[0], result[0]), max(own[1], result[1]))
     assert all(same(found[name], union) for name in "cda")
 
@@ -75,6 +85,7 @@ def test_near_ranges_are_shared(own: Range, result: Range) -> None:
     ],
 )
 def test_far_ranges_stay_apart(own: Range, result: Range) -> None:
+    assert not told(planned(JOINED, w=W, v=V, u=(4, 8, 1, 1)), {"d": own, "a": result, "c": result})
     found = pair({"d": own, "a": result})
     assert same(found["d"], SPEC.from_range(*own))
     assert same(found["a"], SPEC.from_range(*result))

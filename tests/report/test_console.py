@@ -1,9 +1,12 @@
-"""What the summary says of nodes in float by choice, and `-v` of the curve that they were chosen on."""
+"""What the summary says of changes and of nodes in float by choice, and `-v` of the curve that they were chosen on."""
 
 from __future__ import annotations
 
 import io
 
+import pytest
+
+from qconv.errors import Change, Skipped
 from qconv.report.console import show_report
 from qconv.results.precision import PrecisionPoint, PrecisionReport
 from qconv.results.quantize import Audit, FloatNode, Report, Verification
@@ -22,7 +25,13 @@ CURVE = PrecisionReport(
 )
 
 
-def printed(placed: tuple[FloatNode, ...], curve: PrecisionReport | None = None, *, verbose: bool = False) -> list[str]:
+def printed(
+    placed: tuple[FloatNode, ...],
+    curve: PrecisionReport | None = None,
+    *,
+    findings: tuple[Change | Skipped, ...] = (),
+    verbose: bool = False,
+) -> list[str]:
     report = Report(
         version="1.2.3",
         output="out.onnx",
@@ -39,6 +48,7 @@ def printed(placed: tuple[FloatNode, ...], curve: PrecisionReport | None = None,
         audit=Audit(10, len(placed), (), placed),
         time={"total": 1.0},
         precision=curve,
+        findings=list(findings),
     )
     stream = io.StringIO()
     show_report(report, stream, verbose=verbose)
@@ -52,6 +62,24 @@ def test_what_is_faster_and_what_is_for_accuracy_have_lines_of_their_own() -> No
         f"float faster: stem{codes}",
         f"float accuracy: Conv_41, Conv_44: 6.2 dB for 4% of the time{codes}",
     ]
+
+
+def titled(findings: list[Change | Skipped], title: str) -> list[str]:
+    return [line[12:].strip() for line in printed((), findings=tuple(findings)) if line.startswith(title)]
+
+
+@pytest.mark.parametrize("count", [8, 9, 10, 12])
+def test_what_is_left_out_of_the_summary_is_counted(count: int) -> None:
+    """Codes that were packed have lines of their own, however many other changes there are."""
+    changes = [Change("simplify", f"n{n}", f"change {n}") for n in range(count)]
+    found = [*changes, *changes[:1], Change("pack", "4 bits", "codes of 3 layers stored with 4 bits each")]
+    lines = titled(found, "changed")
+    assert lines[0] == "2 x change 0"
+    last = [f"and {count - 8} more kinds, which -v tells"] if count > 9 else ["change 8"]
+    assert lines[8:] == (last if count > 8 else [])
+    assert titled(found, "packed") == ["codes of 3 layers stored with 4 bits each"]
+    skipped = [Skipped("simplify", f"n{n}", f"reason {n}") for n in range(count)]
+    assert len(titled(skipped, "left alone")) == min(count, 9)
 
 
 def test_one_kind_alone_has_one_line() -> None:
