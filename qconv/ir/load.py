@@ -84,9 +84,7 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     if current < opset:
         proto = _convert_opset(proto, source, current, opset)
         changes.append(Change("load", source.name, f"opset {current} raised to {opset}"))
-    settled = _settle_pools(proto, source)
-    if settled:
-        changes.append(Change("load", source.name, f"pads of {format_count(settled, 'pool')} written out"))
+    changes += _settle_pools(proto, source)
     doubtful = _infer_shapes(proto, source)
     listed = _reattach_weights(proto, weights)
     if listed:
@@ -231,8 +229,8 @@ def _is_unspoken(node: onnx.NodeProto) -> bool:
     return kinds and all(attribute.name != "kernel_shape" for attribute in node.attribute)
 
 
-def _settle_pools(proto: onnx.ModelProto, source: Source) -> int:
-    """Write pads of pools out where onnx and the runtime count places in two ways. Returns how many there were."""
+def _settle_pools(proto: onnx.ModelProto, source: Source) -> list[Change]:
+    """Write pads of pools out where onnx and the runtime count places in two ways."""
     plain = onnx.ModelProto()
     plain.CopyFrom(proto)
     _forget_shapes(plain)
@@ -240,7 +238,8 @@ def _settle_pools(proto: onnx.ModelProto, source: Source) -> int:
         settled = settle_pools(plain)
     for node, own in zip(proto.graph.node, plain.graph.node, strict=True) if settled else ():
         node.CopyFrom(own)
-    return settled
+    told = f"pads of {format_count(settled, 'pool')} written out"
+    return [Change("load", source.name, told)] if settled else []
 
 
 def _forget_shapes(proto: onnx.ModelProto) -> None:

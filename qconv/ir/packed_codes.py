@@ -51,6 +51,9 @@ NOTHING_TO_PACK = "no codes take less than 8 bits, or all layers with such are t
 BYTES_OF_NODE = 80
 """What a node takes in the file, about: nothing is packed for less."""
 
+FEWEST_CODES = 2 * BYTES_OF_NODE * 8 // 6
+"""So many codes are packed in no form: 2 bits each and two nodes take as much."""
+
 MOST_STEPS = 16
 """So many operators are followed from packed codes to unpacked ones."""
 
@@ -142,7 +145,7 @@ def pack_codes(model: Model, runtime: tuple[int, int], forms: Collection[str] = 
         forms: Those that may be taken.
     """
     packed: dict[str, int] = {}
-    unpacking = _Unpacking(model, runtime, forms)
+    unpacking, before = _Unpacking(model, runtime, forms), set(model.nodes())
     for node, found, numbers in iter_codes(model):
         packing = _choose_packing(numbers, found.axis, forms)
         if packing.bits <= PACKED_BITS and unpacking.saving(packing) > 0 and not found.codes.is_graph_output():
@@ -151,7 +154,19 @@ def pack_codes(model: Model, runtime: tuple[int, int], forms: Collection[str] = 
             unpacking.write(found.codes, packing)
     if packed:
         _compute_bias_scales(model)
+        _drop_names(model, before)
     return packed
+
+
+def _drop_names(model: Model, before: Collection[Node]) -> None:
+    """Take the names of operators that unpack, and those that say no more than the output does: some 20 bytes each.
+
+    Readers that want a name call a node by its output.
+    """
+    for node in model.nodes():
+        converts = node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.name == node.outputs[0].name
+        if converts or node not in before:
+            node.name = None
 
 
 def _choose_packing(codes: NDArray[np.int8], axis: int, forms: Collection[str]) -> _Packing:

@@ -7,13 +7,16 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import HIGHEST_OPSET, LOWERED_OPSET, LOWEST_OPSET, OPSETS, parse_runtime
 from qconv.errors import QconvError
 from qconv.ir.model import Model
-from qconv.ir.packed_codes import packed_width, packing_opset, packing_runtime
+from qconv.ir.packed_codes import FEWEST_CODES, packed_width, packing_opset, packing_runtime
 
 NEW_TYPES_OPSET = 21  # int4, int16 and blocks
 
 
-def needed_opset(recipe: Recipe, own: int) -> int:
-    """The lowest opset that holds a model of opset `own` and the recipe's types, or the one that the recipe names."""
+def needed_opset(recipe: Recipe, own: int, largest: int | None = None) -> int:
+    """The lowest opset that holds a model of opset `own` and the recipe's types, or the one that the recipe names.
+
+    largest: elements of the largest constant, of few of which no codes are packed; None where it is not known.
+    """
     new_types = (
         16 in {*recipe.bits_of_weights, *recipe.bits_of_activations, recipe.edge_bits}
         or recipe.weight_granularity is WeightGranularity.PER_BLOCK
@@ -22,10 +25,10 @@ def needed_opset(recipe: Recipe, own: int) -> int:
         own = LOWERED_OPSET
     needed = max(own, NEW_TYPES_OPSET if new_types else LOWEST_OPSET)
     if recipe.opset is None:
-        forms = recipe.packed_forms
-        widths = {packed_width(bits, forms) for bits in recipe.bits_of_weights if recipe.pack}
-        packs = (bits for bits in widths if f"int{bits}" in forms)
-        return max([needed, *(packing_opset(bits, recipe.oldest_runtime) for bits in packs)])
+        forms, packs = recipe.packed_forms, recipe.pack and (largest is None or largest > FEWEST_CODES)
+        widths = {packed_width(bits, forms) for bits in recipe.bits_of_weights if packs}
+        whole = (bits for bits in widths if f"int{bits}" in forms)
+        return max([needed, *(packing_opset(bits, recipe.oldest_runtime) for bits in whole)])
     if recipe.opset < needed:
         what = "the model's own opset" if needed == own else "what these types need"
         raise QconvError(

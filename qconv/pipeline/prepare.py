@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 from qconv.config.data_options import DataOptions, Preprocessing
@@ -24,6 +25,7 @@ from qconv.ir.files import (
     external_data_files,
     file_bytes,
     hash_model,
+    iter_tensors,
     metadata_of,
     read_proto,
     refuse_quantized,
@@ -141,7 +143,9 @@ def load_float(
         opened = None
         if needs_labels(recipe, data):
             opened = open_data_labels(data, pictures.paths, reporter.warn, USE_EVALUATE)
-        model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
+        counts = [prod(tensor.dims) for tensor in iter_tensors(proto.graph)]
+        largest = None if proto.functions else max(counts, default=0)
+        model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto), largest))
         check_needs(model, recipe)
     with clock.step("detect"):
         pictures.settle(model, recipe.threads)

@@ -291,6 +291,11 @@ def test_the_form_is_chosen_by_what_the_file_may_need(
     assert needed_runtime(model, recipe) == f"onnxruntime >= {max(runtime, {25: '1.24'}.get(opset, '1.19'))}"
 
 
+@pytest.mark.parametrize(("largest", "opset"), [(None, 21), (100_000, 21), (213, 17), (0, 17)])
+def test_no_opset_is_raised_for_codes_that_are_too_few(largest: int | None, opset: int) -> None:
+    assert needed_opset(Recipe(pack=True, weight_bits=4), 17, largest) == opset
+
+
 @pytest.mark.parametrize(
     ("options", "opset", "needed"),
     [({}, 22, "1.22"), ({"weight_scheme": "asymmetric"}, 17, "1.28"), ({"pack": True, "weight_bits": 4}, 17, None)],
