@@ -144,15 +144,17 @@ def pack_codes(model: Model, runtime: tuple[int, int], forms: Collection[str] = 
         runtime: The oldest ONNX Runtime that is to run the file, as (1, 23).
         forms: Those that may be taken.
     """
-    packed: dict[str, int] = {}
     unpacking, before = _Unpacking(model, runtime, forms), set(model.nodes())
+    packings: dict[Value, _Packing] = {}
+    packed: dict[str, int] = {}
     for node, found, numbers in iter_codes(model):
         packing = _choose_packing(numbers, found.axis, forms)
         if packing.bits <= PACKED_BITS and unpacking.saving(packing) > 0 and not found.codes.is_graph_output():
-            if not is_window(node):
-                packed[found.codes.name or ""] = packing.bits
-            unpacking.write(found.codes, packing)
+            packings[found.codes] = packing
+            packed |= {} if is_window(node) else {found.codes.name or "": packing.bits}
     if packed:
+        for codes, packing in packings.items():
+            unpacking.write(codes, packing)
         _compute_bias_scales(model)
         _drop_names(model, before)
     return packed

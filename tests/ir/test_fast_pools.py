@@ -12,6 +12,7 @@ from qconv.ir.files import Source
 from qconv.ir.load import load_unchanged
 from qconv.ir.model import attribute
 from qconv.ir.packed_codes import pack_codes
+from qconv.runtime.session import Session
 from tests.support.models import network
 from tests.support.quantized import Quantized, pictures, quantized
 
@@ -63,15 +64,19 @@ def test_the_audit_tells_of_it() -> None:
     assert told.why == "an AveragePool, written as a depthwise Conv of equal weights"
 
 
-def test_its_weights_are_packed_and_no_layer_of_the_network() -> None:
-    packed, plain = (
-        made("kernel_shape=[8,8]", weight_bits=4, edge_bits=4, pack=pack, needs="1.22") for pack in (True, False)
-    )
-    copy = onnx.ModelProto.FromString(plain.proto.SerializeToString())
-    assert pack_codes(load_unchanged(copy, Source("it", None, b"")), (1, 22)) == {}
-    assert "BitShift" in {node.op_type for node in packed.proto.graph.node}
-    for name, result in plain.got.items():
-        np.testing.assert_array_equal(packed.got[name], result)
+def test_its_weights_are_packed_with_those_of_layers_and_not_counted() -> None:
+    """Codes of the layers here are too few, but for those of a wide one."""
+    for channels, count in ((8, 0), (256, 1)):
+        body = f"c = Conv(x, w, b) d = Relu(c) e = AveragePool<{POOLS['largest']}>(d) g = Conv(e, v) y = Relu(g)"
+        proto = network(body, x=X, **{**WEIGHTS, "v": (channels, 16, 1, 1)})
+        plain = quantized(proto, pictures(X), weight_bits=4, edge_bits=4).proto
+        packed = load_unchanged(onnx.ModelProto.FromString(plain.SerializeToString()), Source("it", None, b""))
+        assert len(pack_codes(packed, (1, 22))) == count
+        shifts = [node for node in packed.nodes() if node.op_type == "BitShift"]
+        assert len(shifts) == 2 * count
+        x = pictures(X)[0]["x"]
+        results = [Session(p.SerializeToString(), threads=1).run(["y"], {"x": x})[0] for p in (plain, packed.proto())]
+        np.testing.assert_array_equal(*results)
 
 
 @pytest.mark.parametrize("kind", STAY)
