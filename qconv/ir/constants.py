@@ -12,7 +12,7 @@ import onnx
 
 from qconv.errors import Change, format_count
 from qconv.ir.chance import RANDOM_SOURCES
-from qconv.ir.model import Model, attribute, ir, tensor_proto
+from qconv.ir.model import Model, attribute, constant_array, ir, tensor_proto
 
 
 def lift_constants(model: Model) -> list[Change]:
@@ -83,6 +83,25 @@ def freeze(model: Model, value: ir.Value, numbers: np.ndarray) -> ir.Value:
     model.graph.register_initializer(new)
     model.redirect(value, new)
     return new
+
+
+def expand_tables(model: Model) -> list[ir.Value]:
+    """Put constants in the place of the tables that `passes.compress_constants` writes. Returns the constants."""
+    expanded = []
+    for node in model.nodes():
+        table, index = (node.inputs[0], node.inputs[1]) if node.op_type == "Gather" else (None, None)
+        cast = None if index is None else index.producer()
+        stored = None if cast is None or cast.op_type != "Cast" else cast.inputs[0]
+        codes, entries = (None if value is None else constant_array(value) for value in (stored, table))
+        if codes is None or entries is None or codes.dtype != np.uint8 or entries.dtype != np.float32:
+            continue
+        if entries.ndim == 1 and not node.outputs[0].is_graph_output():
+            expanded.append(freeze(model, node.outputs[0], entries[codes]))
+            model.remove_unread([node])
+            for part in (table, stored):
+                if part is not None and not part.uses() and not part.is_graph_output():
+                    model.graph.initializers.pop(part.name or "", None)
+    return expanded
 
 
 def _constant_nodes(model: Model) -> list[ir.Node]:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from qconv.config.choices import INT4_BITS, INT4_OPSET, INT4_RUNTIME, OLDEST_RUNTIME, PACKED_BITS
 from qconv.config.targets import PACKED_FORMS
 from qconv.errors import Change, Finding, format_bytes, format_count
-from qconv.ir.constants import freeze
+from qconv.ir.constants import expand_tables, freeze
 from qconv.ir.fast_pools import is_window
 from qconv.ir.model import DataType, Model, Node, Value, attribute, input_of
 from qconv.ir.newest import known_opset
@@ -350,11 +350,11 @@ class Unpacked:
 
 
 def unpack_codes(model: Model) -> Unpacked:
-    """Put constants in the place of what a file computes of packed codes, and of products of scales.
+    """Put constants in the place of what a file computes of packed codes and of tables, and of products of scales.
 
     Other models stay as they are.
     """
-    found = Unpacked()
+    found = Unpacked(scales=set(expand_tables(model)))
     for node in model.nodes():
         to_float = node.op_type == "Cast" and attribute(node, "to") == DataType.FLOAT
         if not to_float and node.op_type != "DequantizeLinear":

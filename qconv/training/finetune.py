@@ -35,6 +35,7 @@ from qconv.ir.packed_codes import pack_codes, unpack_codes
 from qconv.metrics.comparison import ComparisonAccumulator
 from qconv.metrics.demands import check_gates, demands_outputs, require_boxes, require_extras, require_measures
 from qconv.metrics.network_outputs import describe_outputs
+from qconv.passes.compress_constants import compress_constants
 from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, Verification
 from qconv.results.training import FinetuneResult, ValidationResult, ValidationScore
@@ -206,6 +207,7 @@ def _write_better(setup: _TrainingSetup, source: Source, out: Path, found: Finet
     setup.distillation.learned.write(setup.model)
     told = {**found.request.as_dict(), "pictures": found.taught, "step": best_step}
     write_finetuning(setup.model, told)
+    compress_constants(setup.model)
     if setup.packed:
         recipe = recipe_from_dict(read_recipe(setup.model.inner.metadata_props)) or Recipe()
         pack_codes(setup.model, recipe.oldest_runtime, recipe.packed_forms)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
 
-from qconv.errors import Change, Finding
+from qconv.analysis.inspect_quantized import inspect_quantized
+from qconv.errors import Change, Finding, format_count
+from qconv.ir.constants import expand_tables
+from qconv.ir.files import Source
+from qconv.ir.load import load_unchanged
+from qconv.ir.model import constant_array
 from qconv.passes.compress_constants import compress_constants
 from tests.support.models import loaded, network, run
 from tests.support.quantized import Wiring, pictures, quantized
@@ -66,7 +73,7 @@ def test_few_values_become_a_table(values: int) -> None:
     """One byte for each of 1025 numbers, and four for each value."""
     wiring, findings = shrunk(network("y = Mul(x, k)", x=(2, 1025), k=many(0, values)))
     assert sorted(tensor.nbytes for tensor in wiring.constants.values()) == sorted([4 * values, 1025])
-    assert said(findings) == [("k", f"stored as {values} values and one byte an element")]
+    assert said(findings) == [("k", f"stored as {format_count(values, 'value')} and one byte an element")]
 
 
 def test_too_many_values_stay_as_they_are() -> None:
@@ -96,3 +103,29 @@ def test_the_constants_of_a_quantized_network_shrink() -> None:
     result = quantized(proto)
     assert {f.step for f in result.findings if isinstance(f, Change)} >= {"shrink"}
     result.check(25)
+
+
+def test_readers_put_the_numbers_back() -> None:
+    numbers = many(0, 40)
+    model = loaded(network("a = Mul(x, k) y = Mul(a, k)", x=(2, 1025), k=numbers))
+    names = [node.op_type for node in model.nodes()]
+    compress_constants(model)
+    (constant,) = expand_tables(model)
+    assert constant_array(constant).tobytes() == numbers.tobytes()
+    assert [node.op_type for node in model.nodes()] == names
+    assert len(model.graph.initializers) == 1
+    onnx.checker.check_model(model.proto(), full_check=True)
+    assert expand_tables(model) == []
+
+
+def test_zero_points_in_a_table_are_read(tmp_path: Path) -> None:
+    """More than a thousand channels with zero points of their own, which are floats where weights alone are codes."""
+    proto = network("y = Conv(x, w)", x=(1, 2, 4, 4), w=(1100, 2, 3, 3))
+    found = quantized(proto, pictures((1, 2, 4, 4)), activation_bits=32, weight_scheme="asymmetric")
+    model = load_unchanged(found.proto, Source("it", None, b""))
+    compress_constants(model)
+    assert "Gather" in {node.op_type for node in model.nodes()}
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.proto().SerializeToString())
+    (row,) = inspect_quantized(Source("it", path)).layers
+    assert (row.scheme, row.granularity) == ("asymmetric", "per-channel")
