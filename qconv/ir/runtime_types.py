@@ -5,8 +5,8 @@ and stops at some of its own, such as GroupNormalization of opset 21. Whatever i
 part of the network that returns such a tensor could not be cut out. The runtime that will run the model knows them all.
 
 Pools have fewer places in ONNX Runtime 1.32 than onnx 1.23 says. Below opset 22 a last window of `ceil_mode` counts
-there although it lies in the padding alone; the runtime leaves it out. With `auto_pad` SAME the runtime pads as if
-there were no dilations.
+there although it lies in the padding alone; the runtime leaves it out (1.19 does not, and is asked). With `auto_pad`
+SAME the runtime pads as if there were no dilations.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.shape_inference
 
@@ -106,10 +108,22 @@ def _windows_along(axis: int, side: int, said: Mapping[str, Any]) -> tuple[int, 
     reach = dilation * (kernel - 1) + 1
     places = int((side + first + last - reach) / stride) + 1
     start = places * stride
-    if said.get("ceil_mode") and start + reach - stride < side + first + last and start < side + first:
+    counts = start < side + first or not _leaves_windows_out()
+    if said.get("ceil_mode") and start + reach - stride < side + first + last and counts:
         return places + 1, first, start + reach - side - first, True
     unread = last < 0 and places == (side + first - reach) // stride + 1
     return places, first, 0 if unread else last, False
+
+
+@cache
+def _leaves_windows_out() -> bool:
+    """Whether this ONNX Runtime has two windows of one place in four by steps of two, or a third behind the end."""
+    pool = onnx.helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[1], strides=[2], pads=[0, 0], ceil_mode=1)
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in "xy")
+    graph = onnx.helper.make_graph([pool], "pool", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=7)
+    session = Session(model.SerializeToString(), optimize=False, threads=1)
+    return bool(session.run(["y"], {"x": np.zeros((1, 1, 4), np.float32)})[0].shape[2] == 2)
 
 
 def _attributes_of(node: onnx.NodeProto) -> dict[str, Any]:

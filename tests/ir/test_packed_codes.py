@@ -232,6 +232,7 @@ def test_scales_of_biases_are_not_stored_twice() -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_a_bias_may_have_the_very_scale_of_its_weights(scale: float) -> None:
     """Pixels from 0 to 255 have scale 1: the product is the scale of the weights, and stored once."""
+    skip_without("onnxruntime", "1.22", "this form of packed codes does")
     codes = random_codes(4, moved=False, shape=(90, 6, 5, 5))
     scales = np.linspace(0.5, 1.5, 90, dtype=np.float32)
     own = "s" if scale == 1 else "t"

@@ -16,6 +16,7 @@ from qconv.ir.model import Model, dims, is_tensor
 from qconv.ir.runtime_types import infer_shapes, parse_type, settle_pools
 from qconv.runtime.session import Session
 from tests.support.grown import Grower
+from tests.support.libraries import skip_without
 
 CONTRIB = "com.microsoft"
 
@@ -86,6 +87,8 @@ def random_pool(rng: np.random.Generator, opset: int) -> tuple[str, dict[str, An
 @pytest.mark.parametrize("opset", [13, 17, 19, 22])
 def test_pools_have_the_sizes_that_the_runtime_gives_them(opset: int) -> None:
     """One behind the other, so that an error would reach the second. Written out, they give the same numbers."""
+    if opset == 22:
+        skip_without("onnxruntime", "1.22", "this opset does")
     rng, differing, written = np.random.default_rng(opset), 0, 0
     for _ in range(150):
         kind, told, sides = random_pool(rng, opset)
