@@ -159,7 +159,8 @@ def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
     if not holds_codes(proto):
         fact = f"{request.model.name} is not quantized."
         raise QconvError(fact, "pass the float model first, and the quantized one behind it.")
-    if is_quantized(read_proto(request.float_model)):
+    float_proto = read_proto(request.float_model)
+    if is_quantized(float_proto):
         fact = f"{request.float_model.name}, given as the float model, is quantized."
         hint = "pass the float model first; `qconv evaluate MODEL --against OTHER` measures two quantized ones."
         raise QconvError(fact, hint)
@@ -173,7 +174,7 @@ def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
     take_back_fast_forms(quantized)
     if not ours:  # tools that compute in float16 around quantizers; parts of the network are fed with float32 here
         make_float32(quantized)
-    original, _ = load.load(read_proto(request.float_model), request.float_model)
+    original, _ = load.load(float_proto, request.float_model)
     if ours:
         recipe = recipe_from_dict(ir_metadata.read_recipe(carried))
         fold.run_float_passes(original, for_ort=recipe is None or runs_on_ort(recipe))
