@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,14 @@ OWN_MB, TIMES_BARE_RSS = 200.0, 1.5
 Measured = dict[str, Any]
 
 
-def spawn(command: Sequence[str]) -> Measured:
-    """{"status", "seconds", "rss_mb"} of a command, started from a small process in the repository."""
+def spawn(command: Sequence[str], tree: Path = REPOSITORY) -> Measured:
+    """{"status", "seconds", "cpu_seconds", "rss_mb"} of a command, started from a small process in the repository.
+
+    tree: whose `qconv` and `tests` the command imports.
+    """
     launcher = [sys.executable, "-m", "tests.bench.spawn", *command]
-    done = subprocess.run(launcher, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run(launcher, cwd=tree, capture_output=True, text=True, check=True, env=environment)
     return dict(json.loads(done.stdout))
 
 

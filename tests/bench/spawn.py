@@ -1,4 +1,4 @@
-"""Run a command and print its status, wall time and peak memory as JSON: python -m tests.bench.spawn COMMAND ...
+"""Run a command and print its status, times and peak memory as JSON: python -m tests.bench.spawn COMMAND ...
 
 A process of its own because Linux counts the memory of whoever started a process as that process's peak. What a command
 that fails said last is in "stderr".
@@ -26,7 +26,9 @@ def main(command: list[str]) -> None:
         lines = said.read().decode(errors="replace").strip().splitlines()
     code = os.waitstatus_to_exitcode(status)
     peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    found = {"status": code, "seconds": seconds, "rss_mb": peak, "stderr": lines[-LAST:] if code else []}
+    cpu = usage.ru_utime + usage.ru_stime
+    found = {"status": code, "seconds": seconds, "cpu_seconds": cpu, "rss_mb": peak}
+    found["stderr"] = lines[-LAST:] if code else []
     print(json.dumps(found))
 
 
