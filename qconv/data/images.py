@@ -1,7 +1,7 @@
 """Decodes images and brings them to a network's size, and encodes them: the only module that reads with Pillow.
 
-An image is decoded, turned upright as its EXIF says, brought to 8-bit RGB or grey, resized, cropped or padded, and
-normalized. Sizes and crops are those of `data.fitting`; pixels are interpolated as torchvision does on PIL images.
+An image is decoded, turned upright as its EXIF says, brought to 8-bit RGB or grey, resized, cropped or padded.
+Sizes and crops are those of `data.fitting`; pixels are interpolated as torchvision does on PIL images.
 - Transparency is dropped, not composited: the colours under it count, as with `Image.convert("RGB")` in torchvision.
 - 16-bit grey is divided by 257, so that 65535 is white. `convert` alone would clip all above 255 to white.
 - The first frame of an animation and the first page of a document count. Colour profiles are not applied.
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from qconv.config.data_options import LETTERBOX, Color, Preprocessing
 from qconv.data.fitting import PicturePlacement, Size, choose_scaled_size, find_corner, place_picture
-from qconv.data.preprocessing import arrange_pixels, normalize_pixels
+from qconv.data.preprocessing import arrange_pixels
 from qconv.errors import QconvError, format_shape
 
 if TYPE_CHECKING:
@@ -53,16 +53,11 @@ class UnreadableImage(QconvError):
         self.reason = reason
 
 
-def load_image(path: Path, prep: Preprocessing) -> NDArray[np.float32]:
-    """Decode and preprocess one picture: (C, H, W) for NCHW, (H, W, C) for NHWC, contiguous.
+def load_pixels(path: Path, prep: Preprocessing) -> NDArray[np.uint8]:
+    """Decode one image and bring it to size: (C, H, W) for NCHW, (H, W, C) for NHWC, contiguous, not normalized.
 
     Raises UnreadableImage, and QconvError where --resize N leaves less than the crop needs.
     """
-    return normalize_pixels(_load_and_fit(path, prep), prep)
-
-
-def load_pixels(path: Path, prep: Preprocessing) -> NDArray[np.uint8]:
-    """Decode, resize and crop one image without normalisation, in uint8; see `load_image`."""
     return np.ascontiguousarray(_load_and_fit(path, prep))
 
 

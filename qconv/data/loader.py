@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qconv.config.choices import SAMPLE_SUFFIXES
 from qconv.config.data_options import Color, DataOptions, Layout, Preprocessing, PreprocessingOptions
-from qconv.data.batches import iter_batches
+from qconv.data.batches import PixelCache, iter_batches
 from qconv.data.dataset import Listing, list_samples, suffix_of
 from qconv.data.preprocessing import (
     WHOLE_PIXEL_TYPES,
@@ -51,7 +51,7 @@ class DataLoader:
 
     reporter: is told of each unreadable picture, and how many are done. pictures: what the longest pass decoded;
     lost: those that no pass could. raw: the layout of the uint8 pixels that are handed out instead of what the float
-    network takes; None for the latter.
+    network takes; None for the latter. cache: what passes have decoded; None where there is but one.
     """
 
     listing: Listing
@@ -64,6 +64,7 @@ class DataLoader:
     pictures: int = 0
     lost: set[Path] = field(default_factory=set)
     raw: Layout | None = None
+    cache: PixelCache | None = None
 
     @classmethod
     def of(
@@ -153,7 +154,9 @@ class DataLoader:
         """A loader of other files with the same preprocessing."""
         whole = max(self.listing.whole, len(self.listing.paths))
         listing = replace(self.listing, paths=tuple(paths), whole=whole)
-        return DataLoader(listing, self.inputs, self.preprocessing, self.batch, self.reporter, raw=self.raw)
+        return DataLoader(
+            listing, self.inputs, self.preprocessing, self.batch, self.reporter, raw=self.raw, cache=self.cache
+        )
 
     def split(self) -> tuple[DataLoader, DataLoader | None]:
         """The pictures to fit to, and those that are held back from every choice: the last eighth of the draw.
@@ -182,6 +185,7 @@ class DataLoader:
             workers=LEAST_DECODERS,
             reporter=self.reporter,
             lost=self.lost.add,
+            cache=self.cache,
         )
         for feeds in found:
             count = count_images(feeds)

@@ -28,6 +28,7 @@ from qconv.config.data_options import (
 )
 from qconv.config.recipe import Recipe
 from qconv.data.autodetect import DetectedPreprocessing, detect_preprocessing, detect_without_images
+from qconv.data.batches import PixelCache
 from qconv.data.loader import Batch, DataLoader
 from qconv.data.preprocessing import InputSpec, resolve_preprocessing
 from qconv.data_free.dead_leaves import GeneratedImageLoader
@@ -323,6 +324,7 @@ def open_calibration_data(
         )
     if recipe.stats is None:
         seen, held = DataLoader.of(session, data, reporter), None
+        seen.cache = PixelCache()
         if hold_back:
             seen, held = seen.split()
         fed = DetectedPreprocessing(seen.preprocessing)
@@ -337,6 +339,7 @@ def open_calibration_data(
         statistics_file.require_same_preprocessing(found, path, statistics_file.preprocessing_to_dict(wanted))
     feed = DataLoader.of(session, data, reporter, known) if data.paths else None
     if feed is not None:
+        feed.cache = PixelCache()
         statistics_file.require_same_preprocessing(
             found, path, statistics_file.preprocessing_to_dict(feed.preprocessing)
         )

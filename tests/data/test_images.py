@@ -36,11 +36,11 @@ from qconv.config.data_options import (
     PreprocessingOptions,
     ResizeFilter,
 )
-from qconv.data.batches import iter_batches
+from qconv.data.batches import PixelCache, iter_batches
 from qconv.data.dataset import Listing, find_files
 from qconv.data.fitting import choose_scaled_size
-from qconv.data.images import UnreadableImage, load_image
-from qconv.data.preprocessing import InputSpec, resolve_preprocessing
+from qconv.data.images import UnreadableImage, load_pixels
+from qconv.data.preprocessing import InputSpec, normalize_pixels, resolve_preprocessing
 from qconv.errors import QconvError
 from qconv.reporter import Reporter
 from qconv.storage import prefetch
@@ -63,6 +63,11 @@ RAW = Preprocessing(
 )
 # 2 rows of 3 pixels, all values apart
 PIXELS = np.arange(0, 18 * 14, 14, dtype=np.uint8).reshape(2, 3, 3)
+
+
+def load_image(path: Path, prep: Preprocessing) -> np.ndarray:
+    """A picture as the network takes it."""
+    return normalize_pixels(load_pixels(path, prep), prep)
 
 
 def spec(*shape: int | None, dtype: np.dtype[Any] = FLOAT, name: str = "x") -> InputSpec:
@@ -868,6 +873,40 @@ def test_nothing_is_read_before_the_first_batch_is_asked_for(tmp_path):
     assert images_threads() == []
 
 
+def test_a_cache_decodes_each_picture_once_and_gives_back_its_very_bytes(tmp_path, monkeypatch):
+    """In memory up to its bound, and from files beyond it; other sizes are other pictures."""
+    paths = []
+    for index in range(6):
+        pixels = np.random.default_rng(index).integers(0, 256, (9, 11, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        paths.append(tmp_path / f"{index}.png")
+    decoded: list[Path] = []
+
+    def count(path: Path, prep: Preprocessing) -> np.ndarray:
+        decoded.append(path)
+        return load_pixels(path, prep)
+
+    monkeypatch.setattr("qconv.data.batches.load_pixels", count)
+    imagenet = replace(RAW, size=(4, 5), mean=(1.0,), std=(2.0,))
+    for prep in (replace(RAW, size=(4, 5)), imagenet):  # as pixels, and normalized: the same pixels
+        plain = list(
+            iter_batches(listing(*paths), [spec(None, 4, 5, 3)], prep, batch=2, workers=2, reporter=Reporter())
+        )
+        assert len(plain) == 3
+    decoded.clear()
+    cache = PixelCache(limit=4 * 5 * 3 * 2)  # two pictures
+    for prep in (replace(RAW, size=(4, 5)), imagenet, imagenet):
+        kept = iter_batches(
+            listing(*paths), [spec(None, 4, 5, 3)], prep, batch=2, workers=2, reporter=Reporter(), cache=cache
+        )
+        for got, wanted in zip(kept, plain if prep is imagenet else [None] * 3, strict=True):
+            if wanted is not None:
+                np.testing.assert_array_equal(got["x"], wanted["x"])
+    assert sorted(decoded) == paths
+    assert cache.load(paths[0], replace(RAW, size=(3, 3))).shape == (3, 3, 3)
+    assert len(decoded) == 7
+
+
 def test_reading_ahead_is_bounded_and_goes_on_while_the_caller_works(tmp_path, monkeypatch):
     started: list[Path] = []
 
@@ -875,7 +914,7 @@ def test_reading_ahead_is_bounded_and_goes_on_while_the_caller_works(tmp_path, m
         started.append(path)
         return np.zeros((2, 3, 3), np.float32)
 
-    monkeypatch.setattr("qconv.data.batches.load_image", count)
+    monkeypatch.setattr("qconv.data.batches.load_pixels", count)
     paths = [Path(f"{i}.png") for i in range(100)]
     workers, batch = 2, 3
     given = iter_batches(
@@ -902,7 +941,7 @@ def test_closing_early_drops_what_was_only_waiting(tmp_path, monkeypatch):
         time.sleep(0.02 if len(started) > 100 else 0)
         return np.zeros((2, 3, 3), np.float32)
 
-    monkeypatch.setattr("qconv.data.batches.load_image", slow)
+    monkeypatch.setattr("qconv.data.batches.load_pixels", slow)
     paths = [Path(f"{i}.png") for i in range(1000)]
     given = iter_batches(listing(*paths), [spec(None, 2, 3, 3)], RAW, batch=100, workers=1, reporter=Reporter(print))
     next(given)

@@ -29,8 +29,9 @@ from qconv.config.data_options import (
     ResizeFilter,
 )
 from qconv.config.recipe import Recipe
-from qconv.data.images import encode_thumbnail, load_image
+from qconv.data.images import encode_thumbnail, load_pixels
 from qconv.data.loader import DataLoader
+from qconv.data.preprocessing import normalize_pixels
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
 from qconv.report import html, pages
@@ -359,15 +360,15 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_sheet_shows_the_pixels_that_were_fed(preset: str, layout: Layout, photo: Path) -> None:
     prep = prepared(preset, layout)
     original = np.asarray(Image.open(photo)).astype(int)
-    assert np.abs(undo_preprocessing(load_image(photo, prep), prep) - original).max() <= 1
+    assert np.abs(undo_preprocessing(normalize_pixels(load_pixels(photo, prep), prep), prep) - original).max() <= 1
 
 
 def test_the_sheet_shows_grey_and_borders(photo: Path) -> None:
     grey = replace(prepared("unit", Layout.NCHW, color=Color.GREY), mean=(0.5,), std=(0.25,))
-    shown = undo_preprocessing(load_image(photo, grey), grey)
+    shown = undo_preprocessing(normalize_pixels(load_pixels(photo, grey), grey), grey)
     assert np.abs(shown[:, :, 0] - np.asarray(Image.open(photo).convert("L")).astype(int)).max() <= 1
     boxed = prepared("imagenet", Layout.NCHW, resize="letterbox", size=(32, 32))
-    shown = undo_preprocessing(load_image(photo, boxed), boxed)
+    shown = undo_preprocessing(normalize_pixels(load_pixels(photo, boxed), boxed), boxed)
     assert (shown[:4] == 114).all()
     assert (shown[-4:] == 114).all()
 
