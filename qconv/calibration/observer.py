@@ -124,8 +124,22 @@ def _as_float32(x: NDArray[Any]) -> NDArray[np.float32]:
     return x.astype(np.float32, copy=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Hears in one pass with observers what the network says. hear: takes the tensors of these names and the images.
+
+    It is called batch by batch, in order.
+    """
+
+    names: Sequence[str]
+    hear: Callable[[list[NDArray[Any]], int], None]
+
+
 def observe(
-    session: Session, observers: Iterable[Observer], batches: Iterable[Mapping[str, NDArray[Any]]]
+    session: Session,
+    observers: Iterable[Observer],
+    batches: Iterable[Mapping[str, NDArray[Any]]],
+    listener: Listener | None = None,
 ) -> dict[str, Sketch]:
     """Run every batch once and sketch the observed tensors, by their names.
 
@@ -139,7 +153,7 @@ def observe(
         with turn:
             seen.work_into(sketchers)
 
-    for _ in _map_images(take, session, observers, batches):
+    for _ in _map_images(take, session, observers, batches, listener):
         pass
     return _build_sketches(sketchers)
 
@@ -163,22 +177,30 @@ def _map_images(
     session: Session,
     observers: list[Observer],
     batches: Iterable[Mapping[str, NDArray[Any]]],
+    listener: Listener | None = None,
 ) -> Iterator[T]:
-    """Yield take(outputs by name) of every image, in order.
+    """Yield take(outputs by name) of every image, in order. listener: hears of each batch before its images.
 
     `session.at_once` batches run at the same time, each in a thread of its own: a runtime whose threads wait for each
     other at every node, and then for Python to take what they found, takes half as long again.
     """
     inputs = {name for name, _, _ in session.inputs}
     outputs = [name for observer in observers if observer.name not in inputs for name in observer.outputs]
+    heard = [] if listener is None else [name for name in listener.names if name not in inputs]
+    outputs += [name for name in heard if name not in outputs]
 
-    def run(batch: Mapping[str, NDArray[Any]]) -> list[T]:
+    def run(batch: Mapping[str, NDArray[Any]]) -> tuple[list[T], list[NDArray[Any]], int]:
         seen = {**batch, **dict(zip(outputs, session.run_into_buffers(outputs, batch), strict=True))}
-        return [take(picture) for picture in _split_batch(seen, count_images(batch))]
+        count = count_images(batch)
+        said = [] if listener is None else [np.array(seen[name]) for name in listener.names]  # buffers are used again
+        return [take(picture) for picture in _split_batch(seen, count)], said, count
 
     with contextlib.closing(prefetch(run, batches, workers=session.at_once, depth=session.at_once + 1)) as found:
-        for taken in found:
-            yield from taken.result()
+        for future in found:
+            taken, said, count = future.result()
+            if listener is not None:
+                listener.hear(said, count)
+            yield from taken
 
 
 def _make_builders(observers: list[Observer]) -> dict[str, SketchBuilder]:
@@ -249,19 +271,23 @@ def _not_finite_error(name: str) -> QconvError:
 
 
 @contextlib.contextmanager
-def export_observed_model(model: Model, observers: Iterable[Observer]) -> Iterator[str | bytes]:
-    """The model as ONNX Runtime takes it, with the outputs that `observe` needs."""
+def export_observed_model(
+    model: Model, observers: Iterable[Observer], heard: Iterable[str] = ()
+) -> Iterator[str | bytes]:
+    """The model as ONNX Runtime takes it, with the outputs that `observe` needs. heard: names of a listener."""
     observers = list(observers)
     pools = [observer.pooling for observer in observers if observer.pooling is not None]
     with subgraph.runnable_with_outputs(
-        model, [observer.name for observer in observers if not observer.pooled], pools
+        model, [*(observer.name for observer in observers if not observer.pooled), *heard], pools
     ) as runnable:
         yield runnable
 
 
-def open_observed_session(model: Model, observers: Iterable[Observer], threads: int | None) -> Session:
+def open_observed_session(
+    model: Model, observers: Iterable[Observer], threads: int | None, heard: Iterable[str] = ()
+) -> Session:
     """A session for `observe`. The model may be dropped: the session has its own copy of all weights."""
-    with export_observed_model(model, observers) as runnable:
+    with export_observed_model(model, observers, heard) as runnable:
         return Session(runnable, name="the folded float model", threads=threads, at_once=CONCURRENT_BATCHES)
 
 

@@ -24,6 +24,7 @@ serves all. The covariance between channels was tried and changes nothing.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -393,6 +394,14 @@ class Calibrator:
 
     choose: Callable[[Sketch, QuantSpec, CalibrationHints], Range]
     want: SketchContents
+
+    def find(self, sketch: Sketch, spec: QuantSpec, hints: CalibrationHints) -> Range:
+        """Same as `choose`, found once for each sketch: one network is quantized several times in a search."""
+        read = b"".join(input_channel_powers(reader).tobytes() for reader in hints.readers)
+        key = self.choose, spec, hints.percentile, hints.is_input, hashlib.sha256(read).digest()
+        if key not in sketch.ranges:
+            sketch.ranges[key] = self.choose(sketch, spec, hints)
+        return sketch.ranges[key]
 
 
 def minmax_range(sketch: Sketch, spec: QuantSpec, hints: CalibrationHints) -> Range:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from functools import cached_property
@@ -184,6 +185,7 @@ class Sketch:
     codes, counts: (B,) uint16 and int64: the bins that hold something, ascending, with how many elements each.
     keys, pictures: (P,) uint64, ascending, one an image; (P, 2) float32, lowest and highest value of each image.
     column_keys, columns: (K,) ascending, and (K, places, C).
+    ranges: those that were found, by what they were asked for.
     """
 
     lows: NDArray[np.float32]
@@ -196,6 +198,7 @@ class Sketch:
     pictures: NDArray[np.float32]
     column_keys: NDArray[np.uint64]
     columns: NDArray[np.float32]
+    ranges: dict[Hashable, tuple[float, float]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def low(self) -> float:

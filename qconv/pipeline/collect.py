@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.calibration import statistics_file
-from qconv.calibration.observer import Observer, observe, open_observed_session
+from qconv.calibration.observer import Listener, Observer, observe, open_observed_session
 from qconv.calibration.range_estimators import sketch_contents_for
 from qconv.calibration.sketch import Sketch, SketchContents
 from qconv.config.data_options import (
@@ -241,8 +241,13 @@ class CalibrationData:
         """How the model is fed, in words for the summary."""
         return replace(self.detected, preprocessing=self.model_preprocessing).in_words()
 
-    def sketches(self, model: Model, plans: Sequence[Plan], recipe: Recipe) -> Mapping[str, Sketch]:
-        """The sketches of all tensors that any of the plans needs. Raises QconvError where the file lacks some."""
+    def sketches(
+        self, model: Model, plans: Sequence[Plan], recipe: Recipe, listener: Listener | None = None
+    ) -> Mapping[str, Sketch]:
+        """The sketches of all tensors that any of the plans needs. Raises QconvError where the file lacks some.
+
+        listener: hears what the network says of all pictures, where it runs for this.
+        """
         every = recipe.save_stats is not None or self.cache is not None
         want = SketchContents.ALL if every else sketch_contents_for(recipe)
         found: dict[str, Observer] = {}
@@ -273,9 +278,9 @@ class CalibrationData:
         name = None if self.cache is None else self.cache.known_as(model, observers, self.data, self.feed)
         if self.cache is not None and name in self.cache.sketches:
             return self.cache.sketches[name]
-        seen = observe(
-            open_observed_session(model, observers, recipe.threads), observers, self.feed.iter_batches("calibrate")
-        )
+        names = () if listener is None else listener.names
+        session = open_observed_session(model, observers, recipe.threads, names)
+        seen = observe(session, observers, self.feed.iter_batches("calibrate"), listener)
         if self.cache is not None and name is not None:
             self.cache.keep(name, seen)
         return seen

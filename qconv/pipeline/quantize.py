@@ -11,6 +11,7 @@ from pathlib import Path
 import qconv
 from qconv import storage
 from qconv.auditing.audit import PlannedReasons
+from qconv.calibration.observer import Listener
 from qconv.calibration.range_estimators import Range
 from qconv.calibration.sketch import Sketch
 from qconv.config.data_options import DataOptions
@@ -22,6 +23,7 @@ from qconv.errors import Change, Finding, Skipped, require_torch
 from qconv.ir import files
 from qconv.ir.chance import describe_random_nodes
 from qconv.ir.files import Source
+from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.metadata import write_metadata
 from qconv.ir.model import Model
 from qconv.ir.original import open_original
@@ -30,6 +32,7 @@ from qconv.metrics.comparison import describe_differing_runs
 from qconv.metrics.demands import check_gates, require_extras
 from qconv.metrics.labelled import tell_of_misfit
 from qconv.metrics.network_outputs import NetworkOutputs
+from qconv.metrics.output_parts import add_selected_parts
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import give_readers_copies
@@ -72,6 +75,7 @@ from qconv.search.division import found_bits
 from qconv.search.gate_check import GateCheck
 from qconv.search.latency import tune_latency
 from qconv.search.local_noise import divide_by_statistics
+from qconv.search.loudest_images import HeardOutputs
 from qconv.search.mixed_precision import check_target_size, predict_recipe, search_bits
 from qconv.search.output_gains import GainTrial
 from qconv.search.precision_choice import DivisionCurve, HoldsGates
@@ -153,6 +157,7 @@ class _QuantizationRun:
         precision: The curve that the division between integers and more precision was chosen on.
         curve: The divisions themselves, for a search that needs another.
         gains: Corrects those of layers, where that may help and can be measured.
+        heard: What the float network said of the pictures while it was calibrated; None where nobody asks.
     """
 
     source: Source
@@ -173,6 +178,7 @@ class _QuantizationRun:
     precision: PrecisionReport | None = None
     curve: DivisionCurve | None = None
     gains: GainTrial | None = None
+    heard: HeardOutputs | None = None
 
     @classmethod
     def of(
@@ -224,11 +230,22 @@ class _QuantizationRun:
             if moved:  # constants are others now
                 self.plan = replan(self.plan, model)
             plans = [self.plan, self._plan_without_floats()] if recipe.searches else [self.plan]
-            self.sketches = self.saved if self.saved and not moved else pictures.sketches(model, plans, recipe)
+            if self.saved and not moved:
+                self.sketches = self.saved
+            else:
+                self.sketches = pictures.sketches(model, plans, recipe, self._make_listener())
             if pictures.data_free_statistics is not None:
                 self.findings += pictures.data_free_statistics.findings
             for oddity in find_odd_tensors(self.sketches, find_tensors_of_pictures(model)):
                 self.reporter.warn(oddity)
+
+    def _make_listener(self) -> Listener | None:
+        """What hears the outputs by which the search for ranges picks pictures; None where there is no such search."""
+        names = [value.name or "" for value in find_judged_tensors(self.model)]
+        if not self.recipe.tune_ranges or self.pictures.feed is None or not names:
+            return None
+        self.heard = HeardOutputs(names, add_selected_parts(self._network.parts, self.model))
+        return Listener(names, self.heard.hear)
 
     def _plan_without_floats(self) -> Plan:
         return replan(self.plan, self.model, floats={}) if self.plan.floats else self.plan
@@ -274,8 +291,9 @@ class _QuantizationRun:
         with self.clock.step("ranges"):
             folded = FoldedNetwork(self.model, self.plan, self.sketches, self.set_ranges)
             fed, parts = pictures.model_preprocessing, self._network.parts
-            step = tune_ranges if recipe.tune_ranges else divide_by_statistics
+            step = partial(tune_ranges, heard=self.heard) if recipe.tune_ranges else divide_by_statistics
             tuned = step(folded, recipe, pictures.feed, fed, parts, self.reporter, self._gate_check)
+            self.heard = None
             self._take_over(tuned.folded)
             self.findings += tuned.findings
             self.precision, self.curve, self.gains = tuned.precision, tuned.curve, tuned.gains

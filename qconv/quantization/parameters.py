@@ -154,7 +154,7 @@ def choose_ranges(
             # a logit that is clipped is an object that is lost, however rare it is
             whole = value in plan.head and recipe.calibrator == FEW_BITS_CALIBRATOR
             chosen = CALIBRATORS["minmax"] if whole else calibrator
-            own[value] = chosen.choose(sketch, _activation_spec(plan, value), hints)
+            own[value] = chosen.find(sketch, _activation_spec(plan, value), hints)
     ranges = {}
     for value, group in plan.group_of().items():
         if value in plan.given:

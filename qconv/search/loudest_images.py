@@ -7,7 +7,7 @@ by chance none of them may be among a few images.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ STEP = "read again"
 
 FEW_NUMBERS = 64
 """Numbers of an image's outputs up to which a few images tell little."""
+
+MOST_HELD = 2**24
+"""Bytes of outputs that are held for all images; more are computed anew for those that are picked."""
 
 FEWEST_APART = 4
 """Batches from which on what was not picked tells enough by itself."""
@@ -53,39 +56,69 @@ class PickedImages:
         return sum(map(count_images, self.feeds))
 
 
+@dataclass(slots=True)
+class HeardOutputs:
+    """What the float network has said of all images, batch by batch, as far as picking needs it.
+
+    names: of the tensors that count. parts: of these. powers: (parts,) of each batch. sizes: numbers for an image.
+    outputs: of each batch, while they are few enough.
+    """
+
+    names: Sequence[str]
+    parts: Parts
+    powers: list[Float64] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    outputs: list[Sequence[NDArray[Any]]] | None = field(default_factory=list)
+    held: int = 0
+
+    def hear(self, found: Sequence[NDArray[Any]], images: int) -> None:
+        """Take in the tensors of the next batch."""
+        self.powers.append(sum_errors(self.parts, self.names, found, found)[:, 0])
+        self.sizes.append(sum(np.size(x) for x in found) // max(1, images))
+        self.held += sum(np.asarray(x).nbytes for x in found)
+        if self.outputs is not None:
+            self.outputs.append([np.array(x) for x in found])
+        if self.held > MOST_HELD:
+            self.outputs = None
+
+    @property
+    def loudness(self) -> Float64:
+        """The largest share that each batch has of the power of any part of the outputs, (batches,)."""
+        powers = np.array(self.powers)
+        whole = powers.sum(axis=0)
+        shares = np.divide(powers, whole, out=np.zeros_like(powers), where=whole > 0)
+        return np.asarray(shares.max(axis=1, initial=0.0))
+
+
 def pick_images(
     model: Model,
-    names: Sequence[str],
     feed: DataLoader,
     counts: tuple[int, int, int],
     threads: int | None,
-    parts: Parts,
+    heard: HeardOutputs,
 ) -> tuple[PickedImages, PickedImages]:
-    """Run the float network on all images, pick the loudest ones and others, and set some apart before.
+    """Pick the loudest images and others, and set some apart before.
 
-    names: of the tensors that count. counts: how many images are loud, are others, and are set apart. Where hardly any
-    are left for that, those that were picked are returned twice. Outputs of all images would not fit into memory: some
-    run once more.
+    counts: how many images are loud, are others, and are set apart. heard: what the float network says of all images;
+    it runs where nothing was heard yet. Where hardly any images are left to be set apart, those that were picked are
+    returned twice.
     """
+    names = heard.names
     with runnable_with_outputs(model, names) as runnable:
         session = Session(runnable, name="the folded float model", threads=threads)
-    sizes: list[int] = []
-
-    def run(batch: Batch) -> list[NDArray[Any]]:
-        found = session.run(names, batch)
-        sizes.append(sum(np.size(x) for x in found) // max(1, count_images(batch)))
-        return found
-
-    loudness = measure_loudness(parts, names, map(run, feed.iter_batches(STEP)))
-    few = max(sizes, default=0) <= FEW_NUMBERS
+    if not heard.powers:
+        for batch in feed.iter_batches(STEP):
+            heard.hear(session.run(names, batch), count_images(batch))
+    few = max(heard.sizes, default=0) <= FEW_NUMBERS
     loud, others, most_apart = (-(-count // feed.batch) for count in counts)
-    picked, aside = _split(loudness, loud, others, None if few else most_apart, sparse=bool(parts))
+    picked, aside = _split(heard.loudness, loud, others, None if few else most_apart, sparse=bool(heard.parts))
     wanted = picked | aside
     read = {index: batch for index, batch in enumerate(feed.iter_batches(STEP)) if index in wanted}
+    known = dict(enumerate(heard.outputs or []))
 
     def gather(chosen: Picked, *, apart: bool) -> PickedImages:
-        feeds = [read[index] for index in chosen]
-        return PickedImages(feeds, [*chosen.values()], [session.run(names, batch) for batch in feeds], few, apart)
+        clean = [known[index] if index in known else session.run(names, read[index]) for index in chosen]
+        return PickedImages([read[index] for index in chosen], [*chosen.values()], clean, few, apart)
 
     first = gather(picked, apart=False)
     return first, first if aside is picked else gather(aside, apart=True)
@@ -115,14 +148,6 @@ def _split(loudness: Float64, loud: int, others: int, most_apart: int | None, *,
     stand_for = loud + len(loud_apart)
     aside = dict.fromkeys(loud_apart, stand_for / max(1, len(loud_apart)))
     return picked, aside | dict.fromkeys(some, (len(ranked) - stand_for) / max(1, len(some)))
-
-
-def measure_loudness(parts: Parts, names: Sequence[str], outputs: Iterable[Sequence[NDArray[Any]]]) -> Float64:
-    """The largest share that each batch has of the power of any part of the outputs, (batches,)."""
-    powers = np.array([sum_errors(parts, names, found, found)[:, 0] for found in outputs])
-    whole = powers.sum(axis=0)
-    shares = np.divide(powers, whole, out=np.zeros_like(powers), where=whole > 0)
-    return np.asarray(shares.max(axis=1, initial=0.0))
 
 
 def pick_batches(count: int, first: Iterable[int], others: int, never: Collection[int] = ()) -> Picked:

@@ -27,7 +27,7 @@ from qconv.search.activation_ranges import SEARCH_BUDGETS, RangeSearch, search_a
 from qconv.search.candidate import FoldedNetwork
 from qconv.search.division import divide
 from qconv.search.gate_scaling import ScaledGates, scale_loud_gates
-from qconv.search.loudest_images import PickedImages, pick_images
+from qconv.search.loudest_images import HeardOutputs, PickedImages, pick_images
 from qconv.search.output_gains import GainTrial
 from qconv.search.output_noise import OutputNoise
 from qconv.search.precision_choice import DivisionCurve, HoldsGates, choose_division
@@ -58,18 +58,22 @@ def tune_ranges(
     parts: Parts,
     reporter: Reporter,
     holds_gates: HoldsGates | None = None,
+    heard: HeardOutputs | None = None,
 ) -> TunedRanges:
     """Set the ranges that the outputs gain from, and give what is worth it more than 8 bits.
 
     feed: the images. fed: the preprocessing of what the model takes; None for ready-made samples. parts: of outputs.
-    holds_gates: whether a model holds the gates; None without any.
+    holds_gates: whether a model holds the gates; None without any. heard: what the float network has said of the images
+    before; None where it has not run.
     """
     names, budget = [value.name or "" for value in find_judged_tensors(folded.model)], SEARCH_BUDGETS[recipe.effort]
     if not names:
         return TunedRanges(folded, [])
     counts = budget.loud, budget.many - budget.loud, budget.apart
     parts = add_selected_parts(parts, folded.model)
-    images, aside = pick_images(folded.model, names, feed, counts, recipe.threads, parts)
+    if heard is None or list(heard.names) != names:
+        heard = HeardOutputs(names, parts)
+    images, aside = pick_images(folded.model, feed, counts, recipe.threads, heard)
     apart = OutputNoise(names, aside, parts)
 
     found = _search(folded, recipe, images, parts, reporter)
