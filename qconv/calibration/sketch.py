@@ -198,7 +198,7 @@ class Sketch:
     pictures: NDArray[np.float32]
     column_keys: NDArray[np.uint64]
     columns: NDArray[np.float32]
-    ranges: dict[Hashable, tuple[float, float]] = field(default_factory=dict, compare=False, repr=False)
+    ranges: dict[Hashable, tuple[float, float]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def low(self) -> float:

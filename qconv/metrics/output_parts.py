@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from qconv.decoding.head import OutputPart
 from qconv.ir.judged_tensors import find_selections
 from qconv.ir.model import Model
-from qconv.metrics.similarity import measure_error
+from qconv.metrics.similarity import measure_squares
 from qconv.runtime.outputs import ModelOutput, OutputKind
 
 Parts = Mapping[str, tuple[OutputPart, ...]]
@@ -100,17 +100,11 @@ def sum_errors(
             rows += [(0.0, 0.0, 0.0)] * count
         elif ref.dtype.kind == "f":
             pairs = [part.compared(ref, result, tensors) for part in parts.get(name, ())] or [(ref, result)]
-            rows += [_measure_pair(*pair) for pair in pairs]
+            rows += [measure_squares(*pair) for pair in pairs]
         else:
             differing = float((ref != result).sum())
             rows += [(float(ref.size), differing, float(ref.size))] + [(0.0, 0.0, 0.0)] * (count - 1)
     return np.array(rows, np.float64).reshape(-1, 3)
-
-
-def _measure_pair(reference: NDArray[Any], got: NDArray[Any]) -> tuple[float, float, float]:
-    signal, noise = measure_error(reference, got)
-    known = got[np.isfinite(reference)]
-    return signal, noise, measure_error(known, known)[0]
 
 
 def relative_noise(sums: NDArray[np.float64]) -> float:

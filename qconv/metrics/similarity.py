@@ -111,10 +111,23 @@ def measure_error(reference: NDArray[Any], got: NDArray[Any]) -> tuple[float, fl
     Where the reference itself is NaN or infinite there is nothing to be near to, and nothing counts. The noise is
     infinite where only `got` is.
     """
-    finite = np.isfinite(reference)
-    ref, other = reference[finite].astype(np.float64), got[finite].astype(np.float64)
+    signal, noise, _ = measure_squares(reference, got)
+    return signal, noise
+
+
+def measure_squares(reference: NDArray[Any], got: NDArray[Any]) -> tuple[float, float, float]:
+    """Signal and noise as `measure_error` gives them, and the sum of the squares of `got` that count, in float64."""
+    ref, other = (x.reshape(-1).astype(np.float64) for x in (reference, got))
+    with np.errstate(over="ignore", invalid="ignore"):
+        lost = ref - other
+        found = float(ref @ ref), float(lost @ lost), float(other @ other)
+    if all(map(math.isfinite, found)):
+        return found
+    finite = np.isfinite(ref)
+    ref, other = ref[finite], other[finite]
     noise = np.sum(np.where(np.isfinite(other), (ref - other) ** 2, np.inf))
-    return float(np.sum(ref * ref)), float(noise)
+    known = other[np.isfinite(other)]
+    return float(np.sum(ref * ref)), float(noise), float(np.sum(known * known))
 
 
 def signal_power(x: NDArray[Any]) -> float:

@@ -18,8 +18,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,20 +30,20 @@ from qconv.calibration.range_estimators import Range
 from qconv.errors import Change, Finding, Skipped
 from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.model import Model, Value
-from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
+from qconv.ir.stepwise import NetworkTail, StepwiseRun
 from qconv.metrics.output_parts import NO_PARTS, Parts, measure_output_noise
 from qconv.planning.plan import Plan
 from qconv.planning.precision_curve import TensorNoise
 from qconv.planning.work import RANGES_SHARE, SESSION_WORK, count_weights, multiplications, quantization_work
 from qconv.quantizer import QuantParams
 from qconv.reporter import Reporter
-from qconv.search.loudest_images import pick_batches
+from qconv.search.loudest_images import PickedImages, pick_batches
 from qconv.search.output_noise import TINY, noise_change_db
 from qconv.storage import ArrayStore
 
 STEP = "ranges"
 BYTES_IN_MEMORY = 2**27
-"""Bytes of tensors, and of outputs, that are held in memory."""
+"""Bytes of tensors that are held in memory."""
 LEAST_NOISE_SHARE = 0.04
 """Share of all noise from which on a range is searched."""
 LEAST_GAIN = 0.02
@@ -100,7 +100,6 @@ SEARCH_BUDGETS = {
 
 Float64 = NDArray[np.float64]
 InputBatch = dict[str, NDArray[Any]]
-Outputs = list[list[NDArray[Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +109,12 @@ class RangeGroup:
     first: Value
     members: tuple[Value, ...]
     params: QuantParams
+
+    @property
+    def key(self) -> Hashable:
+        """What its noise depends on, in a given network on given images."""
+        numbers = self.params.scale.tobytes(), self.params.zero_point.tobytes()
+        return tuple(value.name for value in self.members), self.params.spec, numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,20 +130,42 @@ class RangeSearch:
     findings: list[Finding]
 
 
+@dataclass(slots=True)
+class SearchMemory:
+    """What searches of one float network on the same images have measured, by group and its parameters then.
+
+    noises: at the outputs. found: the range and the least noise over that of the range as it is, in dB.
+    """
+
+    noises: dict[Hashable, float] = field(default_factory=dict)
+    found: dict[Hashable, FoundRange] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRange:
+    """What was found for a group. ranges: to be set, and as the file gets it; None where it stays as it is."""
+
+    ranges: tuple[Range, Range] | None
+    change_db: float
+
+
 def search_activation_ranges(
     model: Model,
     plan: Plan,
     activations: Mapping[Value, QuantParams],
-    feeds: Sequence[InputBatch],
+    images: PickedImages,
     budget: SearchBudget,
     threads: int | None,
     reporter: Reporter,
     parts: Parts = NO_PARTS,
+    memory: SearchMemory | None = None,
 ) -> RangeSearch:
     """Search a better range for every one that the outputs gain from, by the names of the tensors that share it.
 
-    model: the folded float network. activations: parameters so far. feeds: images, batch by batch. parts: of outputs.
+    model: the folded float network. activations: parameters so far. images: to measure on, with what the float network
+    says of each. parts: of outputs. memory: of searches before, so that nothing is measured twice.
     """
+    feeds, memory = images.feeds, memory or SearchMemory()
     groups = _find_range_groups(model, plan, activations) if find_judged_tensors(model) else []
     told: list[Finding] = []
     most = _most_groups(plan, feeds, budget.share, budget.few)
@@ -146,10 +173,11 @@ def search_activation_ranges(
         why = f"{len(groups) - most} of {len(groups)} ranges were not looked at, or it would take too long"
         told.append(Skipped(STEP, groups[0].first.name or "", why))
         groups = [groups[index * len(groups) // most] for index in range(most)]
-    noises = []
-    for done, found in enumerate(_measure_noises(model, groups, feeds[: budget.few], threads, parts)):
+    unknown = [group for group in groups if group.key not in memory.noises]
+    for done, found in enumerate(_measure_noises(model, unknown, images, budget.few, threads, parts)):
         reporter.progress(STEP, done, 2 * len(groups))
-        noises.append(found)
+        memory.noises[unknown[done].key] = found
+    noises = [memory.noises[group.key] for group in groups]
     whole = sum(noises)
     weighty = {
         group.first: noise for group, noise in zip(groups, noises, strict=True) if noise > LEAST_NOISE_SHARE * whole
@@ -157,22 +185,31 @@ def search_activation_ranges(
     most = _most_groups(plan, feeds, budget.share, USUAL_TRIALS * (budget.far + budget.loudest + budget.near))
     loudest = set(sorted(weighty, key=weighty.__getitem__, reverse=True)[:most])
     chosen = [group for group in groups if group.first in loudest]
+    unknown = [group for group in chosen if group.key not in memory.found]
+    for done, trial in enumerate(_make_trials(model, plan, unknown, images, budget, threads, parts)):
+        reporter.progress(STEP, len(groups) + done * len(groups) // len(unknown), 2 * len(groups))
+        memory.found[trial.group.key] = _search_range(trial)
     ranges: dict[str, Range] = {}
     left = dict(zip((group.first for group in groups), noises, strict=True))
-    for done, trial in enumerate(_make_trials(model, plan, chosen, feeds, budget, threads, parts)):
-        reporter.progress(STEP, len(groups) + done * len(groups) // len(chosen), 2 * len(groups))
-        threshold, change = _search_threshold(trial)
-        gain = weighty[trial.group.first] / whole * (1 - 10 ** (change / 10))
-        if threshold is not None and gain >= LEAST_GAIN:
-            left[trial.group.first] *= 10 ** (change / 10)
-            group, own = trial.group, trial.group.params.code_range()
-            (low, high), (before, after) = trial.written_range(threshold), (f"{float(end):.3g}" for end in own)
-            ranges |= {value.name or "": trial.set_range(threshold) for value in group.members}
-            what = f"range {low:.3g} to {high:.3g} in place of {before} to {after}: its noise at the outputs"
-            share = f"{weighty[group.first] / whole:.1%} of all, {change:+.1f} dB"
-            told.append(Change(STEP, group.first.name or "", f"{what}, {share}", "range set by the outputs"))
+    for group in chosen:
+        best = memory.found.get(group.key)
+        if best is None or best.ranges is None:
+            continue
+        share = weighty[group.first] / whole
+        if share * (1 - 10 ** (best.change_db / 10)) >= LEAST_GAIN:
+            left[group.first] *= 10 ** (best.change_db / 10)
+            ranges |= {value.name or "": best.ranges[0] for value in group.members}
+            told.append(_tell(group, best.ranges[1], share, best.change_db))
     reporter.progress(STEP, 2 * len(groups), 2 * len(groups))
     return RangeSearch(ranges, tuple(TensorNoise(g.members, left[g.first]) for g in groups), told)
+
+
+def _tell(group: RangeGroup, written: Range, share: float, change_db: float) -> Change:
+    """The finding for the report. written: the range as the file gets it. share: of all noise."""
+    before, after = (f"{float(end):.3g}" for end in group.params.code_range())
+    what = f"range {written[0]:.3g} to {written[1]:.3g} in place of {before} to {after}: its noise at the outputs"
+    told = f"{what} {share:.1%} of all, {change_db:+.1f} dB"
+    return Change(STEP, group.first.name or "", told, "range set by the outputs")
 
 
 def _most_groups(plan: Plan, feeds: Sequence[InputBatch], share: float | None, runs: int) -> int:
@@ -201,35 +238,23 @@ def _find_range_groups(model: Model, plan: Plan, activations: Mapping[Value, Qua
     return sorted(found.values(), key=lambda group: order[group.first])
 
 
-@contextlib.contextmanager
-def _walk_in_pieces(
-    model: Model, feeds: Sequence[InputBatch], threads: int | None
-) -> Iterator[tuple[StepwiseRun, list[Value], Outputs]]:
-    """Yield a stepwise run, the outputs that count, and their values, for as many images as fit into memory."""
-    outputs = find_judged_tensors(model)
-    with contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as store:
-        start = NetworkTail(
-            StepwiseRun(model, feeds, store, threads=threads).tail_model(outputs), _names_of(outputs), threads=threads
-        )
-        clean = collect_up_to(BYTES_IN_MEMORY, start.run(range(len(feeds))))
-        del start
-        yield StepwiseRun(model, feeds[: len(clean)], store, threads=threads, kept=outputs), outputs, clean
-
-
 def _measure_noises(
-    model: Model, groups: Sequence[RangeGroup], feeds: Sequence[InputBatch], threads: int | None, parts: Parts
+    model: Model, groups: Sequence[RangeGroup], images: PickedImages, few: int, threads: int | None, parts: Parts
 ) -> Iterator[float]:
-    """Yield the noise at the outputs with each group alone rounded."""
+    """Yield the noise at the outputs with each group alone rounded, on the first few images."""
     if not groups:
         return
-    with _walk_in_pieces(model, feeds, threads) as (walk, outputs, clean):
-        picked = dict.fromkeys(range(len(clean)), 1.0)
+    outputs, feeds = find_judged_tensors(model), images.feeds[:few]
+    clean = _Clean(_names_of(outputs), images.clean, parts)
+    picked = dict.fromkeys(range(len(feeds)), 1.0)
+    with contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as store:
+        walk = StepwiseRun(model, feeds, store, threads=threads, kept=outputs)
         for together in _split_by_type(groups):
             walk.values_of(together[0].first)
             names, spec = [_names_of(group.members) for group in together], together[0].params.spec
-            tail = NetworkTail(walk.tail_model(outputs), _names_of(outputs), names, spec, threads=threads)
+            tail = NetworkTail(walk.tail_model(outputs), clean.names, names, spec, threads=threads)
             for index, group in enumerate(together):
-                yield _mean_noise(_Clean(_names_of(outputs), clean, parts), tail, picked, group.params, index)
+                yield _mean_noise(clean, tail, picked, group.params, index)
 
 
 def _split_by_type(groups: Sequence[RangeGroup]) -> Iterator[list[RangeGroup]]:
@@ -281,7 +306,7 @@ def _make_trials(
     model: Model,
     plan: Plan,
     groups: Sequence[RangeGroup],
-    feeds: Sequence[InputBatch],
+    images: PickedImages,
     budget: SearchBudget,
     threads: int | None,
     parts: Parts,
@@ -289,18 +314,21 @@ def _make_trials(
     """Yield each group with its function from parameters to noise at the outputs, and how far it reaches."""
     if not groups:
         return
-    with _walk_in_pieces(model, feeds, threads) as (walk, outputs, clean):
+    outputs = find_judged_tensors(model)
+    clean = _Clean(_names_of(outputs), images.clean, parts)
+    with contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as store:
+        walk = StepwiseRun(model, images.feeds, store, threads=threads, kept=outputs)
         for group in groups:
             values = walk.values_of(group.first)
             if values.is_empty:
                 continue  # an empty tensor tells nothing of those that share its range
             lows, highs = _measure_ends(values)
             farthest = np.argsort(-_measure_reach(lows, highs, group.params), kind="stable")[: budget.far]
-            first = [*farthest.tolist(), *range(min(budget.loudest, len(clean)))]
-            picked = pick_batches(len(clean), first, budget.near)
+            first = [*farthest.tolist(), *range(min(budget.loudest, len(images.feeds)))]
+            picked = pick_batches(len(images.feeds), first, budget.near)
             names, spec = [_names_of(group.members)], group.params.spec
-            tail = NetworkTail(walk.tail_model(outputs), _names_of(outputs), names, spec, threads=threads)
-            noise = partial(_mean_noise, _Clean(_names_of(outputs), clean, parts), tail, picked)
+            tail = NetworkTail(walk.tail_model(outputs), clean.names, names, spec, threads=threads)
+            noise = partial(_mean_noise, clean, tail, picked)
             gated = any(member in plan.gates for member in group.members)
             floor = float(group.params.code_range()[0]) if gated else None
             yield _Trial(group, noise, (lows.min(), highs.max()), floor)
@@ -327,7 +355,7 @@ class _Clean:
     """What the float network says of every batch, with the names and the parts of its outputs."""
 
     names: list[str]
-    batches: Outputs
+    batches: Sequence[Sequence[NDArray[Any]]]
     parts: Parts
 
 
@@ -339,11 +367,8 @@ def _mean_noise(
     return measure_output_noise(clean.parts, clean.names, expected, got, picked.values())
 
 
-def _search_threshold(trial: _Trial) -> tuple[float | None, float]:
-    """Search the threshold with the least noise.
-
-    Returns it, None for the range as it is, and noise over that of the range as it is in dB.
-    """
+def _search_range(trial: _Trial) -> FoundRange:
+    """Search the range with the least noise, by its threshold."""
     first = trial.noise(trial.group.params)
     tried: dict[float, float] = {trial.start: first}
 
@@ -364,4 +389,6 @@ def _search_threshold(trial: _Trial) -> tuple[float | None, float]:
             threshold = best() * step if step < 1 else min(best() * step, max(trial.reach, trial.start))
             if threshold in tried or measured(threshold) > LARGEST_STEP_RATIO * before:
                 break
-    return None if best() == trial.start else best(), noise_change_db(first, tried[best()])
+    found, change = best(), noise_change_db(first, tried[best()])
+    ranges = None if found == trial.start else (trial.set_range(found), trial.written_range(found))
+    return FoundRange(ranges, change)

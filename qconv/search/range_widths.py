@@ -5,7 +5,8 @@
 A calibrator that weighs errors of all places alike cuts off what is rare, such as the activations behind the one object
 of a hundred images: the outputs of that image then lose what they are made for. Ranges that reach as far as the tensors
 cost all other images some accuracy. Which of both weighs more is a matter of the network. So one width serves the whole
-network: each of WIDTHS is carried out, with weights rounded to the nearest of 8 bits, and run on images. To choose one
+network: WIDTHS are carried out one after the other while the noise falls, with weights rounded to the nearest of 8
+bits, and run on images. To choose one
 parameter of all ranges by what the network loses is of Nahshan et al. 2019, arXiv 1911.07190, section 4.2, there the p
 of an L_p norm.
 """
@@ -65,6 +66,8 @@ def choose_range_width(
     for width, ranges in wider.items():
         reporter.progress(STEP, len(tried), len(wider))
         tried[width] = noise.of_nearest(replace(folded, set_ranges=calibrated | ranges), recipe)
+        if tried[width] > min(tried.values()):
+            break  # noise falls with the width, and rises from then on
     reporter.progress(STEP, len(tried), len(tried))
     best = min(tried, key=tried.__getitem__)
     if tried[best] >= LARGEST_RATIO * tried[0.0]:

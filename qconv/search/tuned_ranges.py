@@ -23,7 +23,7 @@ from qconv.metrics.output_parts import Parts, add_selected_parts
 from qconv.quantization.parameters import choose_activation_params
 from qconv.reporter import Reporter
 from qconv.results.precision import PrecisionReport
-from qconv.search.activation_ranges import SEARCH_BUDGETS, RangeSearch, search_activation_ranges
+from qconv.search.activation_ranges import SEARCH_BUDGETS, RangeSearch, SearchMemory, search_activation_ranges
 from qconv.search.candidate import FoldedNetwork
 from qconv.search.division import divide
 from qconv.search.gate_scaling import ScaledGates, scale_loud_gates
@@ -76,13 +76,14 @@ def tune_ranges(
     images, aside = pick_images(folded.model, feed, counts, recipe.threads, heard)
     apart = OutputNoise(names, aside, parts)
 
-    found = _search(folded, recipe, images, parts, reporter)
+    memory = SearchMemory()
+    found = _search(folded, recipe, images, parts, reporter, memory)
     gates = ScaledGates(folded)
     if recipe.scale_gates:
         gates = scale_loud_gates(folded, recipe, feed, found, images, apart)
     if gates.folded is not folded:
-        folded = gates.folded
-        found = _search(folded, recipe, images, parts, reporter)
+        folded, memory = gates.folded, SearchMemory()  # its tensors are others
+        found = _search(folded, recipe, images, parts, reporter, memory)
     tuned = replace(folded, set_ranges={**folded.set_ranges, **found.ranges})
     division = choose_division(tuned, recipe, fed, found.noises, apart, reporter, holds_gates)
     divided = bool(division.wide) or division.floats != folded.plan.floats
@@ -91,7 +92,7 @@ def tune_ranges(
     width = choose_range_width(folded, recipe, OutputNoise(names, images, parts), reporter)
     if divided or width.findings:
         folded = replace(folded, set_ranges=width.ranges)
-        found = _search(folded, recipe, images, parts, reporter)
+        found = _search(folded, recipe, images, parts, reporter, memory)
     ranges = {**folded.set_ranges, **found.ranges}
     told = [*gates.findings, *division.findings, *width.findings, *found.findings]
     curve = None if division.curve is None else division.curve.with_ranges(ranges)
@@ -101,12 +102,17 @@ def tune_ranges(
 
 
 def _search(
-    folded: FoldedNetwork, recipe: Recipe, images: PickedImages, parts: Parts, reporter: Reporter
+    folded: FoldedNetwork,
+    recipe: Recipe,
+    images: PickedImages,
+    parts: Parts,
+    reporter: Reporter,
+    memory: SearchMemory,
 ) -> RangeSearch:
     params, _ = choose_activation_params(folded.plan, folded.sketches, recipe, folded.set_ranges)
     budget, known = SEARCH_BUDGETS[recipe.effort], params.activations
     if images.few_numbers:
         budget = budget.of_few_numbers()
     return search_activation_ranges(
-        folded.model, folded.plan, known, images.feeds, budget, recipe.threads, reporter, parts
+        folded.model, folded.plan, known, images, budget, recipe.threads, reporter, parts, memory
     )

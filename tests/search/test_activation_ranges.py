@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,19 +17,33 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Skipped
 from qconv.ir.files import Source
+from qconv.ir.model import Model
 from qconv.ir.stepwise import NetworkTail, StepwiseRun
 from qconv.pipeline.quantize import quantize
 from qconv.planning.planner import make_plan
 from qconv.quantizer import QuantParams, QuantSpec
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
-from qconv.search.activation_ranges import SEARCH_BUDGETS, SearchBudget, search_activation_ranges
+from qconv.search.activation_ranges import (
+    SEARCH_BUDGETS,
+    RangeSearch,
+    SearchBudget,
+    SearchMemory,
+    search_activation_ranges,
+)
+from qconv.search.loudest_images import PickedImages
 from qconv.storage import ArrayStore
 from tests.support.models import loaded, network
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
 UINT8 = QuantSpec(8, signed=False, symmetric=False)
 ALL = SearchBudget(few=2, many=64, loud=0, apart=0, far=64, loudest=0, near=0)
+
+
+def heard(model: Model, pictures: Sequence[NDArray]) -> PickedImages:
+    """The pictures with what the network says of them."""
+    session, feeds = Session(model.proto().SerializeToString()), [{"x": x} for x in pictures]
+    return PickedImages(feeds, [1.0] * len(feeds), [session.run(["y"], feed) for feed in feeds])
 
 
 def factor(body: str, pictures: list[NDArray], top: float, looks: SearchBudget = ALL, **weights: NDArray) -> float:
@@ -38,7 +54,7 @@ def factor(body: str, pictures: list[NDArray], top: float, looks: SearchBudget =
     for value in chosen:
         if value.name == "b":
             chosen[value] = UINT8.from_range(0, top)
-    found = search_activation_ranges(model, plan, chosen, [{"x": x} for x in pictures], looks, 1, Reporter())
+    found = search_activation_ranges(model, plan, chosen, heard(model, pictures), looks, 1, Reporter())
     return found.ranges.get("b", (0.0, top))[1] / top
 
 
@@ -65,17 +81,49 @@ def test_what_it_does_use_keeps_its_codes() -> None:
 
 def test_ranges_that_would_take_too_long_are_left_as_they_are() -> None:
     """With nearly no share of the work one range of three is looked at, and what is left out is said."""
-    model = loaded(network("a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Relu(c) y = Conv(d, u)", w=ONE, v=ONE, u=ONE))
+    model = loaded(
+        network(
+            "a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Relu(c) y = Conv(d, u)", ("N", 1, 6, 6), w=ONE, v=ONE, u=ONE
+        )
+    )
     plan = make_plan(model, Recipe(), TARGETS["ort-cpu"])
     chosen = {value: UINT8.from_range(0, 1) for value in plan.activations}
-    feeds = [{"x": np.ones((2, 3, 6, 6), np.float32)[:, :1]}]
+    images = heard(model, [np.ones((2, 1, 6, 6), np.float32)])
     for share, left in ((1e-9, len(chosen) - 1), (4.0, 0), (None, 0)):
         looks = SearchBudget(1, 1, 0, 0, 1, 0, 0, share)
-        told = search_activation_ranges(model, plan, chosen, feeds, looks, 1, Reporter()).findings
+        told = search_activation_ranges(model, plan, chosen, images, looks, 1, Reporter()).findings
         said = [finding.why for finding in told if isinstance(finding, Skipped)]
         assert said == (
             [f"{left} of {len(chosen)} ranges were not looked at, or it would take too long"] if left else []
         )
+
+
+def test_a_second_search_measures_only_what_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ranges are found without a run; a range that is another is measured anew, and so is found otherwise."""
+    body = "a = Conv(x, w) b = Relu(a) c = Conv(b, v) y = Clip(c, low, high)"
+    model = loaded(network(body, ("N", 1, 8, 8), w=ONE, v=ONE, low=np.float32(0), high=np.float32(2)))
+    plan = make_plan(model, Recipe(), TARGETS["ort-cpu"])
+    images, memory = heard(model, [spread(n, 16.0) for n in range(8)]), SearchMemory()
+    runs: list[int] = []
+    run = NetworkTail.run
+
+    def count(self: NetworkTail, *args: Any, **kwargs: Any) -> Any:
+        runs.append(1)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(NetworkTail, "run", count)
+
+    def search(top: float, memory: SearchMemory) -> RangeSearch:
+        chosen = {value: UINT8.from_range(0, top if value.name == "b" else 16) for value in plan.activations}
+        return search_activation_ranges(model, plan, chosen, images, ALL, 1, Reporter(), memory=memory)
+
+    first = search(16.0, memory)
+    assert first.ranges
+    assert runs
+    runs.clear()
+    assert search(16.0, memory) == first
+    assert not runs
+    assert search(8.0, memory) == search(8.0, SearchMemory())
 
 
 def test_one_picture_in_many_counts_as_one_of_them() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from qconv.config.data_options import DataOptions
 from qconv.data.loader import DataLoader
@@ -14,7 +15,7 @@ from qconv.decoding.head import OutputPart
 from qconv.metrics.output_parts import NO_PARTS, Parts
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
-from qconv.search.loudest_images import PickedImages, measure_loudness, pick_batches, pick_images
+from qconv.search.loudest_images import HeardOutputs, PickedImages, pick_batches, pick_images
 from tests.support.models import loaded, network
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
@@ -29,14 +30,21 @@ def test_those_that_are_picked_stand_for_all() -> None:
     assert sum(pick_batches(9, [], 3).values()) == 9
 
 
+def loudness(parts: Parts, outputs: Sequence[Sequence[NDArray]]) -> NDArray:
+    heard = HeardOutputs(["y"], parts)
+    for found in outputs:
+        heard.hear(found, 1)
+    return heard.loudness
+
+
 def test_an_image_is_loud_where_any_part_of_its_outputs_is() -> None:
     """Boxes of 100 in all three images; the second has all the scores."""
     parts = {"y": (OutputPart("boxes", 1, 0, 1), OutputPart("scores", 1, 1))}
     outputs = [[np.float32([[100, score]])] for score in (0, 0.5, 0)]
-    assert measure_loudness(parts, ["y"], outputs) == pytest.approx([1 / 3, 1, 1 / 3])
-    whole = measure_loudness(NO_PARTS, ["y"], outputs)
+    assert loudness(parts, outputs) == pytest.approx([1 / 3, 1, 1 / 3])
+    whole = loudness(NO_PARTS, outputs)
     assert whole[1] == pytest.approx(10000.25 / 30000.25)
-    assert measure_loudness(NO_PARTS, ["y"], [[np.zeros((1, 2), np.float32)]]) == [0]
+    assert loudness(NO_PARTS, [[np.zeros((1, 2), np.float32)]]) == [0]
 
 
 def picked(
@@ -48,7 +56,7 @@ def picked(
     model = loaded(network("a = Conv(x, w) y = Relu(a)", ("N", 1, side, side), w=2 * ONE))
     session = Session(model.proto().SerializeToString())
     feed = DataLoader.of(session, DataOptions((str(folder),)), Reporter())
-    return pick_images(model, ["a"], feed, counts, 1, parts)
+    return pick_images(model, feed, counts, 1, HeardOutputs(["a"], parts))
 
 
 def levels_of(images: PickedImages) -> list[float]:
