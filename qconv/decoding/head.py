@@ -62,16 +62,20 @@ class OutputPart:
         return array[tuple(index)]
 
     def compared(
-        self, reference: NDArray[Any], got: NDArray[Any], tensors: Arrays = NO_TENSORS
+        self, reference: NDArray[Any], got: NDArray[Any], counts: NDArray[Any] | None
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """What the squares of two arrays are summed of: these rows of both, as far as they count in the reference.
+        """What the squares of two arrays are summed of: these rows of both, as far as they count (`count`)."""
+        pair = self._product(reference), self._product(got)
+        return pair if counts is None else (pair[0] * counts, pair[1] * counts)
+
+    def count(self, reference: NDArray[Any], tensors: Arrays = NO_TENSORS) -> NDArray[Any] | None:
+        """As what each place counts in the reference, to be multiplied with these rows; None where all count alike.
 
         tensors: all that the reference says, by name; rows whose scores are not among them count alike.
         """
-        pair = self._product(reference), self._product(got)
         source = None if self.sure is None else tensors.get(self.sure.tensor) if self.sure.tensor else reference
         if self.sure is None or source is None or not source.size:
-            return pair
+            return None
         scores = np.nan_to_num(self.sure._product(source))
         if np.abs(scores).max() > 1:  # -1 may stand where there is nothing
             scores = sigmoid(scores)
@@ -79,8 +83,7 @@ class OutputPart:
             counts = scores.max(axis=self.sure.axis, keepdims=True)
         else:
             counts = _spread_over(scores, reference.shape, self.sure.places, self.sure.classes_first)
-        weight = np.sqrt(np.maximum(counts, 0.0))
-        return pair[0] * weight, pair[1] * weight
+        return np.asarray(np.sqrt(np.maximum(counts, 0.0)))
 
     def _product(self, array: NDArray[Any]) -> NDArray[Any]:
         found = self.of(array)

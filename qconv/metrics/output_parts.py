@@ -81,25 +81,37 @@ def add_selected_parts(parts: Parts, model: Model) -> Parts:
     return found
 
 
+PartCounts = dict[tuple[int, str, int], NDArray[Any] | None]
+"""As what the places of a part count, by the id of the reference, which has to stay, its name, and the part."""
+
+
 def sum_errors(
     parts: Parts,
     names: Sequence[str],
     reference: Sequence[Any],
     got: Sequence[Any],
     everything: Mapping[str, Any] | None = None,
+    known: PartCounts | None = None,
 ) -> NDArray[np.float64]:
     """Signal, noise and signal of the other side, of every part of every output of one batch, (parts, 3).
 
     Sums of squares: `ref`, `ref - got`, `got`. Nothing for what is no tensor of numbers, or has another shape. Of
     integers: how many there are, and differ. everything: what else the reference says, by name, where scores may be.
+    known: what was found of this reference, where it is compared more than once.
     """
     rows, tensors = [], everything or dict(zip(names, reference, strict=True))
+    known = {} if known is None else known
     for name, ref, result in zip(names, reference, got, strict=True):
         count = max(1, len(parts.get(name, ())))
         if not isinstance(ref, np.ndarray) or ref.dtype.kind not in "fiub" or ref.shape != result.shape:
             rows += [(0.0, 0.0, 0.0)] * count
         elif ref.dtype.kind == "f":
-            pairs = [part.compared(ref, result, tensors) for part in parts.get(name, ())] or [(ref, result)]
+            pairs = [(ref, result)]
+            for index, part in enumerate(parts.get(name, ())):
+                key = id(ref), name, index
+                if key not in known:
+                    known[key] = part.count(ref, tensors)
+                pairs[index:] = [part.compared(ref, result, known[key])]
             rows += [measure_squares(*pair) for pair in pairs]
         else:
             differing = float((ref != result).sum())
@@ -121,12 +133,14 @@ def measure_output_noise(
     expected: Iterable[Sequence[Any]],
     got: Iterable[Sequence[Any]],
     weights: Iterable[float] = itertools.repeat(1.0),
+    known: PartCounts | None = None,
 ) -> float:
     """The noise between outputs of batch after batch, see the module. weights: how many batches each stands for.
+    known: as in `sum_errors`.
 
     Powers are those of all batches together: on an image without any object the scores of a detector have hardly any
     power, and their noise is nothing beside it.
     """
     pairs = zip(expected, got, strict=True)
-    sums = [weight * sum_errors(parts, names, *pair) for pair, weight in zip(pairs, weights, strict=False)]
+    sums = [weight * sum_errors(parts, names, *pair, known=known) for pair, weight in zip(pairs, weights, strict=False)]
     return relative_noise(np.sum(sums, axis=0)) if sums else 0.0

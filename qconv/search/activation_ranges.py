@@ -31,7 +31,7 @@ from qconv.errors import Change, Finding, Skipped
 from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.model import Model, Value
 from qconv.ir.stepwise import NetworkTail, StepwiseRun
-from qconv.metrics.output_parts import NO_PARTS, Parts, measure_output_noise
+from qconv.metrics.output_parts import NO_PARTS, PartCounts, Parts, measure_output_noise
 from qconv.planning.plan import Plan
 from qconv.planning.precision_curve import TensorNoise
 from qconv.planning.work import RANGES_SHARE, SESSION_WORK, count_weights, multiplications, quantization_work
@@ -111,10 +111,14 @@ class RangeGroup:
     params: QuantParams
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors, which they keep in copies of the network."""
+        return tuple(_names_of(self.members))
+
+    @property
     def key(self) -> Hashable:
         """What its noise depends on, in a given network on given images."""
-        numbers = self.params.scale.tobytes(), self.params.zero_point.tobytes()
-        return tuple(value.name for value in self.members), self.params.spec, numbers
+        return self.names, self.params.spec, self.params.scale.tobytes(), self.params.zero_point.tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +136,22 @@ class RangeSearch:
 
 @dataclass(slots=True)
 class SearchMemory:
-    """What searches of one float network on the same images have measured, by group and its parameters then.
+    """What searches of one float network on the same images have measured, by group.
 
-    noises: at the outputs. found: the range and the least noise over that of the range as it is, in dB.
+    noises: at the outputs, with the scale that the group had then, by its tensors. found: what came of trials, by tensors
+    and parameters.
     """
 
-    noises: dict[Hashable, float] = field(default_factory=dict)
+    noises: dict[tuple[str, ...], tuple[float, float]] = field(default_factory=dict)
     found: dict[Hashable, FoundRange] = field(default_factory=dict)
+
+    def noise(self, group: RangeGroup) -> float:
+        """The noise of a group that was measured; with another scale than then it goes with the square of that.
+
+        What a range cuts off is no part of this: it only tells which ranges are worth a search.
+        """
+        noise, scale = self.noises[group.names]
+        return float(noise * (float(group.params.scale) / scale) ** 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +186,11 @@ def search_activation_ranges(
         why = f"{len(groups) - most} of {len(groups)} ranges were not looked at, or it would take too long"
         told.append(Skipped(STEP, groups[0].first.name or "", why))
         groups = [groups[index * len(groups) // most] for index in range(most)]
-    unknown = [group for group in groups if group.key not in memory.noises]
+    unknown = [group for group in groups if group.names not in memory.noises]
     for done, found in enumerate(_measure_noises(model, unknown, images, budget.few, threads, parts)):
         reporter.progress(STEP, done, 2 * len(groups))
-        memory.noises[unknown[done].key] = found
-    noises = [memory.noises[group.key] for group in groups]
+        memory.noises[unknown[done].names] = found, float(unknown[done].params.scale)
+    noises = [memory.noise(group) for group in groups]
     whole = sum(noises)
     weighty = {
         group.first: noise for group, noise in zip(groups, noises, strict=True) if noise > LEAST_NOISE_SHARE * whole
@@ -245,7 +258,7 @@ def _measure_noises(
     if not groups:
         return
     outputs, feeds = find_judged_tensors(model), images.feeds[:few]
-    clean = _Clean(_names_of(outputs), images.clean, parts)
+    clean = _Clean(_names_of(outputs), images.clean, parts, images.counts)
     picked = dict.fromkeys(range(len(feeds)), 1.0)
     with contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as store:
         walk = StepwiseRun(model, feeds, store, threads=threads, kept=outputs)
@@ -315,7 +328,7 @@ def _make_trials(
     if not groups:
         return
     outputs = find_judged_tensors(model)
-    clean = _Clean(_names_of(outputs), images.clean, parts)
+    clean = _Clean(_names_of(outputs), images.clean, parts, images.counts)
     with contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as store:
         walk = StepwiseRun(model, images.feeds, store, threads=threads, kept=outputs)
         for group in groups:
@@ -352,11 +365,12 @@ def _measure_reach(lows: Float64, highs: Float64, params: QuantParams) -> Float6
 
 @dataclass(frozen=True, slots=True)
 class _Clean:
-    """What the float network says of every batch, with the names and the parts of its outputs."""
+    """What the float network says of every batch, with the names and the parts of its outputs; see PickedImages."""
 
     names: list[str]
     batches: Sequence[Sequence[NDArray[Any]]]
     parts: Parts
+    counts: PartCounts
 
 
 def _mean_noise(
@@ -364,7 +378,7 @@ def _mean_noise(
 ) -> float:
     """The noise over all images that the picked batches stand for."""
     expected, got = (clean.batches[index] for index in picked), tail.run(picked, params, group)
-    return measure_output_noise(clean.parts, clean.names, expected, got, picked.values())
+    return measure_output_noise(clean.parts, clean.names, expected, got, picked.values(), clean.counts)
 
 
 def _search_range(trial: _Trial) -> FoundRange:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qconv.data.loader import Batch, DataLoader, count_images
 from qconv.ir.model import Model
 from qconv.ir.subgraph import runnable_with_outputs
-from qconv.metrics.output_parts import Parts, sum_errors
+from qconv.metrics.output_parts import PartCounts, Parts, sum_errors
 from qconv.runtime.session import Session
 
 STEP = "read again"
@@ -41,7 +41,8 @@ class PickedImages:
     """Batches of images, the loudest first, then others in the order in which they are read.
 
     weights: the number of batches that each stands for. clean: what the float network says of each, tensor by tensor.
-    few_numbers: whether that is up to FEW_NUMBERS for an image. apart: whether nothing is chosen on them.
+    few_numbers: whether that is up to FEW_NUMBERS for an image. apart: whether nothing is chosen on them. counts: as
+    what the places of clean outputs count, found once.
     """
 
     feeds: Sequence[Batch]
@@ -49,6 +50,7 @@ class PickedImages:
     clean: Sequence[Sequence[NDArray[Any]]]
     few_numbers: bool = False
     apart: bool = False
+    counts: PartCounts = field(default_factory=dict)
 
     @property
     def count(self) -> int:

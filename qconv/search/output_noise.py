@@ -44,7 +44,8 @@ class OutputNoise:
         with runnable_with_outputs(model, own) as runnable:
             session = Session(runnable, name="the quantized model", threads=recipe.threads, integer_kernels=on_ort)
         got = (session.run(own, batch) for batch in self.images.feeds)
-        return measure_output_noise(self.parts, self.names, self.images.clean, got, self.images.weights)
+        images = self.images
+        return measure_output_noise(self.parts, self.names, images.clean, got, images.weights, images.counts)
 
 
 def with_fine_weights(recipe: Recipe) -> Recipe:

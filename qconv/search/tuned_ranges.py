@@ -3,7 +3,7 @@
     1. ranges that make much of the noise, one by one                       `activation_ranges`
     2. what is worth its time stays in float, by the noises of step 1       `precision_choice`
     3. one width for all ranges that the calibrator chose                   `range_widths`
-    4. where 2 or 3 changed anything, 1 begins anew from there
+    4. where 2 or 3 changed anything, 1 begins anew from there, and measures what was not measured yet
 
 With `--scale-gates` loud gates are scaled after step 1 (`gate_scaling`), which then begins anew, too.
 
