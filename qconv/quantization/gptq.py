@@ -36,6 +36,8 @@ from qconv.quantizer import PerBlock, PerTensor, QuantParams
 
 Float64 = NDArray[np.float64]
 
+Float32 = NDArray[np.float32]
+
 DAMPING = 0.02
 """The least share of the mean of H's diagonal that is added to the diagonal."""
 
@@ -89,12 +91,15 @@ class WeightGrid:
         return WeightGrid(scale, zero, self.low, self.high)
 
 
-def solve_weights(weight: Float64, hessian: Float64, cross: Float64, ridge: float) -> Float64:
-    """Solve weights (G, O, K) anew: W' (G, O, K). hessian, cross: H and C, (G, K, K); C[i, j] = E[x_f,i x_q,j]."""
-    extra = ridge * _mean_diagonal(hessian)  # (G, 1, 1)
-    right = weight @ cross + extra * weight
-    found = np.linalg.solve(_add_to_diagonal(hessian, extra), np.swapaxes(right, 1, 2))  # H is symmetric
-    return np.ascontiguousarray(np.swapaxes(found, 1, 2), np.float64)
+def solve_weights(weight: Float32, hessian: Float32, cross: Float32, ridge: float) -> Float32:
+    """Solve weights (G, O, K) anew: W' (G, O, K). hessian, cross: H and C, (G, K, K); C[i, j] = E[x_f,i x_q,j].
+
+    W' = W + W (C - H) (H + r I)^-1, in float32: with ridges like those that are tried that is enough.
+    """
+    ridged = _add_to_diagonal(hessian, ridge * _mean_diagonal(hessian))
+    right = weight @ (cross - hessian)
+    found = np.linalg.solve(ridged, np.swapaxes(right, 1, 2))  # H is symmetric
+    return np.asarray(weight + np.swapaxes(found, 1, 2), np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,7 @@ class OrderedHessian:
     factor: Float64
 
 
-def order_hessian(hessian: Float64, *, damping: float = DAMPING) -> OrderedHessian:
+def order_hessian(hessian: Float32, *, damping: float = DAMPING) -> OrderedHessian:
     """Order and factor H, with `damping` times the mean of its diagonal added to the diagonal."""
     order = np.argsort(-np.diagonal(hessian, axis1=1, axis2=2), axis=1, kind="stable")
     by_size = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None], 2)
@@ -129,32 +134,51 @@ def choose_damping(inputs: int, rows: int) -> float:
     return DAMPING + 2 * inputs / max(1, rows)
 
 
-def factor_upper(matrix: Float64) -> Float64:
+def factor_upper(matrix: NDArray[Any]) -> Float64:
     """R, upper triangular, with matrix = R R^T; (G, K, K)."""
-    return np.asarray(np.linalg.cholesky(matrix[:, ::-1, ::-1])[:, ::-1, ::-1])
+    return np.asarray(np.linalg.cholesky(matrix[:, ::-1, ::-1].astype(np.float64))[:, ::-1, ::-1])
 
 
 def _round_columns(weight: Float64, factor: Float64, grid: WeightGrid) -> tuple[Float64, Float64]:
-    codes, errors = np.empty_like(weight), np.zeros_like(weight)
-    total = np.zeros(weight.shape[:2])
+    """Codes (G, O, K) and errors (G, O) of weights in the order of their columns. factor: R.
+
+    Errors e of a block of columns go to all later ones in one product; within it, column after column, in float32,
+    whose digits are far below a step. Columns lie first, so that each is one piece of memory.
+    """
+    groups, outputs, count = weight.shape
     pivots = np.diagonal(factor, axis1=1, axis2=2)  # (G, K)
-    count = weight.shape[2]
+    share = (factor / pivots[:, None]).astype(np.float32)  # of an error that a later column takes over
+    exact = np.ascontiguousarray(np.moveaxis(weight, 2, 0), np.float32)  # (K, G, O)
+    wanted, codes, errors = exact.copy(), np.empty_like(exact), np.empty_like(exact)
+    columns = [np.ascontiguousarray(np.moveaxis(x, 2, 0), np.float32) for x in (grid.scale, grid.zero)]
+    low, high = (np.asarray(end, np.float32) for end in (grid.low, grid.high))
+    power = np.square(pivots).astype(np.float32).T[:, :, None]  # (K, G, 1)
+    total, lost = np.zeros((groups, outputs), np.float32), np.empty((groups, outputs), np.float32)
     for start in range(0, count, COLUMN_BLOCK):
         end = min(start + COLUMN_BLOCK, count)
-        carried = errors[:, :, :start] @ factor[:, :start, start:end]  # (G, O, block)
         for m in range(start, end):
-            pull = carried[:, :, m - start] + (errors[:, :, start:m] @ factor[:, start:m, m, None])[:, :, 0]
-            wanted = weight[:, :, m] - pull / pivots[:, m, None]
-            scale, zero = grid.column(m)
-            code = np.clip(np.rint(wanted / scale) + zero, grid.low, grid.high)
-            real = (code - zero) * scale
-            codes[:, :, m] = code
-            errors[:, :, m] = real - weight[:, :, m]
-            total += np.square((real - wanted) * pivots[:, m, None])
-    return codes, total
+            scale, zero = (numbers[m if len(numbers) > 1 else 0] for numbers in columns)
+            code, error = codes[m], errors[m]
+            np.divide(wanted[m], scale, out=code)
+            np.rint(code, out=code)
+            code += zero
+            np.clip(code, low, high, out=code)
+            np.subtract(code, zero, out=error)
+            error *= scale
+            np.subtract(error, wanted[m], out=lost)
+            np.square(lost, out=lost)
+            lost *= power[m]
+            total += lost
+            error -= exact[m]
+            if m + 1 < end:
+                wanted[m + 1 : end] -= share[:, m, m + 1 : end].T[:, :, None] * error
+        if end < count:
+            for group in range(groups):
+                wanted[end:, group] -= share[group, start:end, end:].T @ errors[start:end, group]
+    return np.moveaxis(codes, 0, 2).astype(np.float64), total.astype(np.float64)
 
 
-def descend_coordinates(codes: Float64, weight: Float64, hessian: Float64, grid: WeightGrid, *, sweeps: int) -> Float64:
+def descend_coordinates(codes: Float64, weight: Float64, hessian: Float32, grid: WeightGrid, *, sweeps: int) -> Float64:
     """Improve codes (G, O, K) by coordinate descent: each in turn takes its best value given all others."""
     codes = codes.copy()
     gradient = (grid.real(codes) - weight) @ hessian  # (G, O, K)
@@ -183,7 +207,7 @@ def descend_coordinates(codes: Float64, weight: Float64, hessian: Float64, grid:
     return codes
 
 
-def fit_scale_factors(codes: Float64, weight: Float64, hessian: Float64, grid: WeightGrid) -> tuple[Float64, Float64]:
+def fit_scale_factors(codes: Float64, weight: Float64, hessian: Float32, grid: WeightGrid) -> tuple[Float64, Float64]:
     """Numerator and denominator of the factor on the scales that minimizes each output's error, (G, O) both.
 
     factor = (W' H d^T) / (d H d^T),      d = the numbers that the codes stand for
@@ -194,20 +218,18 @@ def fit_scale_factors(codes: Float64, weight: Float64, hessian: Float64, grid: W
     return along, own
 
 
-def _mean_diagonal(hessian: Float64) -> Float64:
+def _mean_diagonal(hessian: Float32) -> Float64:
     """Mean of the diagonal, (G, 1, 1); 1 where nothing is read but zeros."""
-    found = np.diagonal(hessian, axis1=1, axis2=2).mean(axis=1)[:, None, None]
+    found = np.diagonal(hessian, axis1=1, axis2=2).mean(axis=1, dtype=np.float64)[:, None, None]
     return np.asarray(np.where(found > 0, found, 1.0))
 
 
-def _add_to_diagonal(matrix: Float64, extra: Float64) -> Float64:
+def _add_to_diagonal(matrix: Float32, extra: Float64) -> Float32:
     found = matrix.copy()
     index = np.arange(matrix.shape[1])
-    found[:, index, index] += extra[:, :, 0]
+    found[:, index, index] += extra[:, :, 0].astype(matrix.dtype)
     return found
 
-
-Float32 = NDArray[np.float32]
 
 Codes = NDArray[np.integer]
 

@@ -47,8 +47,8 @@ class MomentBlock:
     """The moments of a block of inputs. part: their indices. hessian: H, cross: C; (G, K, K) both."""
 
     part: slice
-    hessian: Float64
-    cross: Float64
+    hessian: Float32
+    cross: Float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,8 @@ class InputMoments:
         blocks = [
             MomentBlock(
                 block.part,
-                block.hessian + self.mean[:, block.part, None] * self.mean[:, None, block.part],
-                block.cross + self.float_mean[:, block.part, None] * self.mean[:, None, block.part],
+                block.hessian + _outer(self.mean[:, block.part], self.mean[:, block.part]),
+                block.cross + _outer(self.float_mean[:, block.part], self.mean[:, block.part]),
             )
             for block in self.blocks
         ]
@@ -96,8 +96,11 @@ class InputMoments:
         def mix(one: Float64, another: Float64) -> Float64:
             return share * one + (1 - share) * another
 
+        def mix_moments(one: Float32, another: Float32) -> Float32:
+            return np.float32(share) * one + np.float32(1 - share) * another
+
         blocks = [
-            MomentBlock(a.part, mix(a.hessian, b.hessian), mix(a.cross, b.cross))
+            MomentBlock(a.part, mix_moments(a.hessian, b.hessian), mix_moments(a.cross, b.cross))
             for a, b in zip(self.blocks, other.blocks, strict=True)
         ]
         floats, rows = (np.concatenate(pair, axis=1) for pair in zip(self.kept, other.kept, strict=True))
@@ -173,6 +176,11 @@ def _concatenate_pieces(pieces: list[tuple[Float32, Float32]]) -> tuple[Float32,
     return first, second
 
 
+def _outer(one: Float64, another: Float64) -> Float32:
+    """Products of means (G, K), (G, K, K)."""
+    return (one[:, :, None] * another[:, None]).astype(np.float32)
+
+
 class _MomentSums:
     def __init__(self, float_rows: Float32, rows: Float32, *, means_alone: bool) -> None:
         groups, _, inputs = rows.shape
@@ -181,8 +189,8 @@ class _MomentSums:
         ends = np.linspace(0, inputs, 1 if means_alone else count + 1).astype(int)
         self._parts = [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
         sizes = [part.stop - part.start for part in self._parts]
-        self._own = [np.zeros((groups, k, k)) for k in sizes]
-        self._cross = [np.zeros((groups, k, k)) for k in sizes]
+        self._own = [np.zeros((groups, k, k), np.float32) for k in sizes]
+        self._cross = [np.zeros((groups, k, k), np.float32) for k in sizes]
         self._sums = np.zeros((2, groups, inputs))
         self._rows = 0
 
@@ -201,10 +209,10 @@ class _MomentSums:
         blocks = []
         with np.errstate(over="ignore", invalid="ignore"):
             for part, own, cross in zip(self._parts, self._own, self._cross, strict=True):
-                own /= self._rows
-                own -= mean_q[:, part, None] * mean_q[:, None, part]
-                cross /= self._rows
-                cross -= mean_f[:, part, None] * mean_q[:, None, part]
+                own /= np.float32(self._rows)
+                own -= _outer(mean_q[:, part], mean_q[:, part])
+                cross /= np.float32(self._rows)
+                cross -= _outer(mean_f[:, part], mean_q[:, part])
                 blocks.append(MomentBlock(part, own, cross))
         guess = self._guess[:, 0].astype(np.float64)
         float_mean, mean = guess + mean_f, guess + mean_q

@@ -276,8 +276,7 @@ class LayerSolver:
     def _ridged(self, rows: Float32, seen: InputMoments, ridge: float) -> Float32:
         found = np.empty_like(rows)
         for block in seen.blocks:
-            part = rows[:, :, block.part].astype(np.float64)
-            found[:, :, block.part] = gptq.solve_weights(part, block.hessian, block.cross, ridge)
+            found[:, :, block.part] = gptq.solve_weights(rows[:, :, block.part], block.hessian, block.cross, ridge)
         return found
 
     def _rounded(

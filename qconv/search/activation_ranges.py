@@ -138,8 +138,8 @@ class RangeSearch:
 class SearchMemory:
     """What searches of one float network on the same images have measured, by group.
 
-    noises: at the outputs, with the scale that the group had then, by its tensors. found: what came of trials, by tensors
-    and parameters.
+    noises: at the outputs, with the scale that the group had then, by its tensors. found: what came of trials, by
+    tensors and parameters.
     """
 
     noises: dict[tuple[str, ...], tuple[float, float]] = field(default_factory=dict)

@@ -62,7 +62,7 @@ def test_the_recursion_is_that_of_explicit_inverse_updates(seed) -> None:
     weight, hessian, _ = drawn(seed, groups=1, inputs=150)
     grid = grid_for(weight)
     found, error = round_second_order(weight, order_hessian(hessian, damping=0.0), grid)
-    np.testing.assert_allclose(error, error_of(grid.real(found), weight, hessian))
+    np.testing.assert_allclose(error, error_of(grid.real(found), weight, hessian), rtol=1e-4)
     np.testing.assert_array_equal(found[0], by_inverse_updates(weight[0], hessian[0], grid))
 
 
@@ -81,7 +81,7 @@ def test_without_a_ridge_the_weights_are_those_of_least_squares() -> None:
     for g in range(2):
         wanted = x_f[g] @ weight[g].T
         expected, *_ = np.linalg.lstsq(x_q[g], wanted, rcond=None)
-        np.testing.assert_allclose(found[g], expected.T, atol=1e-8)
+        np.testing.assert_allclose(found[g], expected.T, atol=1e-5)
 
 
 def test_a_large_ridge_leaves_the_weights() -> None:
