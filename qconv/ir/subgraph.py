@@ -16,8 +16,9 @@ import numpy as np
 import onnx
 
 from qconv.ir.chance import still
+from qconv.ir.constants import tensor_proto
 from qconv.ir.files import PROTOBUF_LIMIT, full_proto, total_weight_bytes
-from qconv.ir.model import Model, Node, Value, ir, tensor_proto, values_read_by
+from qconv.ir.model import Model, Node, Value, ir, values_read_by
 from qconv.storage import locked_folder, temporary_path
 
 UNROUNDED_SUFFIX = "_not_rounded"
