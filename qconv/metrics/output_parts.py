@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from qconv.decoding.head import OutputPart
 from qconv.ir.judged_tensors import find_selections
 from qconv.ir.model import Model
-from qconv.metrics.similarity import measure_error
+from qconv.metrics.similarity import finite_power, measure_error
 from qconv.runtime.outputs import ModelOutput, OutputKind
 
 Parts = Mapping[str, tuple[OutputPart, ...]]
@@ -109,8 +109,8 @@ def sum_errors(
 
 def _measure_pair(reference: NDArray[Any], got: NDArray[Any]) -> tuple[float, float, float]:
     signal, noise = measure_error(reference, got)
-    known = got[np.isfinite(reference)]
-    return signal, noise, measure_error(known, known)[0]
+    finite = np.isfinite(reference)
+    return signal, noise, finite_power(got if finite.all() else got[finite])
 
 
 def relative_noise(sums: NDArray[np.float64]) -> float:
