@@ -55,7 +55,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.always
-@pytest.mark.parametrize("command", sorted(cli.commands))
+@pytest.mark.parametrize("command", sorted(cli.load_all()))
 def test_a_command_runs(command: str, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if command in NEEDS_TORCH:
         pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")

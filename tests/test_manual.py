@@ -162,8 +162,10 @@ def test_the_presets() -> None:
 
 
 def test_every_command_and_option_that_a_page_names_exists() -> None:
-    known = {name for command in cli.commands.values() for option in command.params for name in option.opts}
-    known |= {name for command in cli.commands.values() for option in command.params for name in option.secondary_opts}
+    known = {name for command in cli.load_all().values() for option in command.params for name in option.opts}
+    known |= {
+        name for command in cli.load_all().values() for option in command.params for name in option.secondary_opts
+    }
     for path, text in PAGES.items():
         spoken = "; ".join(words for words in re.findall(r"`([^`\n]+)`", prose(text)) if not words.startswith("make "))
         if path.name == "changes.md":  # it also tells of what was
@@ -171,7 +173,7 @@ def test_every_command_and_option_that_a_page_names_exists() -> None:
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]+", spoken):
             assert option in known | {"--help", "--version"}, f"{path.name} names {option}"
         for command in re.findall(r"\bqconv ([a-z][\w-]+)", spoken):
-            assert command in cli.commands, f"{path.name} names qconv {command}"
+            assert command in cli.load_all(), f"{path.name} names qconv {command}"
 
 
 def test_no_table_is_missing() -> None:
@@ -251,7 +253,7 @@ def test_the_index_says_what_the_pages_say() -> None:
 @pytest.mark.parametrize("path", [README, INDEX], ids=["README", "index"])
 def test_every_command_has_a_page(path: Path) -> None:
     table = PAGES[path].partition("## Commands")[2].partition("\n## ")[0]
-    assert set(re.findall(r"^\| `([\w-]+)` \|.*\.md", table, re.MULTILINE)) == set(cli.commands)
+    assert set(re.findall(r"^\| `([\w-]+)` \|.*\.md", table, re.MULTILINE)) == set(cli.load_all())
 
 
 def test_make_demo_and_make_test_are_there() -> None:
@@ -275,9 +277,9 @@ def test_topics_that_the_code_names_exist() -> None:
     assert {topic for _, topic in named} <= set(TOPICS)
 
 
-@pytest.mark.parametrize("name", cli.commands)
+@pytest.mark.parametrize("name", cli.load_all())
 def test_help_sends_nobody_to_a_file_that_is_not_installed(name: str) -> None:
-    command = cli.commands[name]
+    command = cli.load_all()[name]
     with click.Context(command, info_name=name) as context:
         assert "README" not in command.get_help(context)
 
@@ -306,7 +308,7 @@ def test_manual_prints_a_page_as_it_is_where_it_is_piped(topic: str) -> None:
 def test_manual_takes_commands_for_topics() -> None:
     assert printed("finetune") == PAGES[MANUAL / "training.md"]
     assert printed("manual") == PAGES[INDEX]
-    for command in cli.commands:
+    for command in cli.load_all():
         assert command_module.find(command) in {*TOPICS, "README"}
 
 

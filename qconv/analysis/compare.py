@@ -51,6 +51,7 @@ from qconv.ir.output_shapes import forget_doubtful
 from qconv.ir.packed_codes import unpack_codes
 from qconv.ir.precision import make_float32
 from qconv.ir.rewriting import title
+from qconv.ir.stepwise import MovedOutputs
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
 from qconv.metrics.comparison import ComparisonAccumulator
 from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
@@ -80,6 +81,7 @@ class ComparisonRequest:
         pictures: How many images these are.
         words: The preprocessing in words.
         threads: Of ONNX Runtime; None for all cores.
+        effect_runs: Most runs to measure what single errors do at the outputs, but for FEWEST images.
     """
 
     float_model: Source
@@ -89,6 +91,7 @@ class ComparisonRequest:
     words: str
     threads: int | None = None
     tasks: Tasks = NO_TASKS
+    effect_runs: int = MOST_EFFECT_RUNS
 
 
 def compare(request: ComparisonRequest, reporter: Reporter | None = None) -> Comparison:
@@ -288,22 +291,21 @@ class _LoadedNetworks:
         outputs, parts = find_judged_tensors(self.original), add_selected_parts(parts, self.original)
         judged = [value.name or "" for value in outputs]
         model, names, results = add_error_inputs(self.original, self.quantized, self.pairs, outputs)
-        with subgraph.runnable_with_outputs(model, results) as runnable:
-            session = Session(runnable, name=request.float_model.name, threads=self.threads)
-        wanted = min(MOST_EFFECT_IMAGES, max(FEWEST_EFFECT_IMAGES, MOST_EFFECT_RUNS // len(self.pairs)))
+        name = request.float_model.name
+        moved = MovedOutputs.of(model, list(names.values()), results, name=name, threads=self.threads)
+        wanted = min(MOST_EFFECT_IMAGES, max(FEWEST_EFFECT_IMAGES, request.effect_runs // len(self.pairs)))
         sums: dict[ComparisonPoint, NDArray[np.float64] | float] = {pair.point: 0.0 for pair in self.pairs}
         seen = 0
         for plain, feeds in request.feeds():
             floats = self._floats(plain)
             ranks = {names[pair.point]: floats[pair.tensor.name or ""].ndim for pair in self.pairs}
-            nothing = {name: np.zeros((1,) * rank, np.float32) for name, rank in ranks.items()}
-            float_outputs = session.run(results, {**plain, **nothing})
+            float_outputs = moved.start(
+                {**plain, **{n: np.zeros((1,) * rank, np.float32) for n, rank in ranks.items()}}
+            )
             isolated_outputs = self._isolated_outputs(feeds, floats)
             for place, pair in enumerate(self.pairs):
                 error = self._own_error(pair, isolated_outputs, floats)
-                moved_to = float_outputs
-                if error is not None:
-                    moved_to = session.run(results, {**plain, **nothing, names[pair.point]: error})
+                moved_to = float_outputs if error is None else moved.by(names[pair.point], error)
                 sums[pair.point] = sums[pair.point] + sum_errors(parts, judged, float_outputs, moved_to)
                 reporter.progress("effects", seen * len(self.pairs) + place + 1, wanted * len(self.pairs))
             seen += count_images(feeds)
@@ -386,7 +388,13 @@ class ComparisonRun:
 
 
 def compare_on_images(
-    float_model: Source, model: Source, data: DataOptions, reporter: Reporter, threads: int | None = None
+    float_model: Source,
+    model: Source,
+    data: DataOptions,
+    reporter: Reporter,
+    threads: int | None = None,
+    *,
+    effect_runs: int = MOST_EFFECT_RUNS,
 ) -> ComparisonRun:
     """Compare two models on a folder of images.
 
@@ -395,6 +403,7 @@ def compare_on_images(
         data: The images, and their preprocessing.
         threads: Of ONNX Runtime; None for its own choice.
         reporter: Hears of progress and warnings.
+        effect_runs: As in `ComparisonRequest`.
 
     Raises:
         QconvError: The models cannot be compared, or the images not be fed.
@@ -411,6 +420,6 @@ def compare_on_images(
         return ((its, mine) for mine, its in iter_paired_batches(own, other, reporter, lost.add))
 
     total = len(own.feed.listing.paths)
-    request = ComparisonRequest(float_model, model, feeds, total, own.words, threads, own.session.tasks)
+    request = ComparisonRequest(float_model, model, feeds, total, own.words, threads, own.session.tasks, effect_runs)
     found = compare(request, reporter)
     return ComparisonRun(replace(found, images=total - len(lost)), other, own)

@@ -61,4 +61,4 @@ def audit(**options: Any) -> int:
         show = print_to(lambda: text.format_audit(found, verbose=given.wanted.verbose))
         return CommandResult(told, show, told["layers"])
 
-    return run_command(given.wanted, CommandFiles((given.model,)), work)
+    return run_command(given.wanted, CommandFiles((given.model,)), work, imports="qconv.auditing.audit")

@@ -116,4 +116,4 @@ def compare(**options: Any) -> int:
             lambda command: pages.make_compare_page(seen, *sources, command, reporter.warnings),
         )
 
-    return run_command(given.wanted, CommandFiles(models, given.images), work)
+    return run_command(given.wanted, CommandFiles(models, given.images), work, imports="qconv.analysis.compare")

@@ -63,4 +63,4 @@ def diagnose(
             lambda command: pages.make_diagnosis_page(found, seen.looked, command),
         )
 
-    return run_command(wanted, files, work)
+    return run_command(wanted, files, work, imports="qconv.analysis.diagnose")

@@ -186,7 +186,9 @@ def evaluate(**options: Any) -> int:
         (given.against, given.classes, given.labels, given.label_map, *given.images),
         {"the predictions": given.save_predictions},
     )
-    return run_command(given.wanted, files, lambda reporter: _evaluate(given, data, files, reporter))
+    return run_command(
+        given.wanted, files, lambda reporter: _evaluate(given, data, files, reporter), imports="qconv.analysis.evaluate"
+    )
 
 
 def _evaluate(given: EvaluateArguments, data: DataOptions, files: CommandFiles, reporter: Reporter) -> CommandResult:

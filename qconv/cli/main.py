@@ -6,54 +6,64 @@ stdout carries the result, stderr the conversation. Exit status: 0 done, 1 an er
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import sys
 import warnings
+from importlib import import_module
 from typing import NoReturn
 
 import click
 
 import qconv
-from qconv.cli.audit import audit
-from qconv.cli.benchmark import benchmark
-from qconv.cli.compare import compare
-from qconv.cli.diagnose import diagnose
-from qconv.cli.evaluate import evaluate
-from qconv.cli.finetune import finetune
-from qconv.cli.inspect import inspect
-from qconv.cli.manual import manual
-from qconv.cli.merge_stats import merge_stats
 from qconv.cli.options import HELP_WIDTH
-from qconv.cli.quantize import quantize
-from qconv.cli.study_samples import study_samples
-from qconv.cli.synthesize import synthesize
 from qconv.errors import QconvError, printable
 from qconv.signals import exit_at_once_on_signals
 
+COMMANDS = (
+    "quantize",
+    "inspect",
+    "evaluate",
+    "compare",
+    "diagnose",
+    "audit",
+    "benchmark",
+    "study-samples",
+    "merge-stats",
+    "finetune",
+    "synthesize",
+    "manual",
+)
+"""Each is defined under its name, with `_` for `-`, in the module of this name beside this one."""
 
-@click.group(context_settings=HELP_WIDTH)
+
+class CommandGroup(click.Group):
+    """The commands. Only that which is named is imported: all together take as long as the libraries of one."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name, None where there is none."""
+        return self._load(cmd_name) if cmd_name in COMMANDS else None
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands, for help."""
+        return sorted(COMMANDS)
+
+    def load_all(self) -> dict[str, click.Command]:
+        """All commands, by their names."""
+        return {name: self._load(name) for name in COMMANDS}
+
+    def _load(self, name: str) -> click.Command:
+        word = name.replace("-", "_")
+        command = getattr(import_module(f"qconv.cli.{word}"), word)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=CommandGroup, context_settings=HELP_WIDTH)
 @click.version_option(qconv.__version__, prog_name="qconv")
 def cli() -> None:
     """Turn a float ONNX convolutional network into a quantized one, checked and explained."""
-
-
-COMMANDS = (
-    quantize,
-    inspect,
-    evaluate,
-    compare,
-    diagnose,
-    audit,
-    benchmark,
-    study_samples,
-    merge_stats,
-    finetune,
-    synthesize,
-    manual,
-)
-for command in COMMANDS:
-    cli.add_command(command)
 
 
 def run() -> NoReturn:
@@ -61,7 +71,9 @@ def run() -> NoReturn:
 
     Taking a runtime and a dozen libraries apart again would be a tenth of the whole command. Everything is flushed, and
     temporary files are gone by now. Only whoever watches the run has something left to write: then it ends as usual.
+    Garbage is looked for once all is imported (`command.run_command`).
     """
+    gc.disable()
     status: object = 0
     try:
         main()

@@ -39,6 +39,7 @@ from qconv.reporter import Reporter
 
 if TYPE_CHECKING:
     from qconv.analysis.trials import SweepEntry
+    from qconv.report.html import Page
 
 NAMED_FILES = ("stats", "save_stats", "layer_bits", "save_layer_bits", "save_recipe", "sweep")
 WRITTEN_FILES = ("save_stats", "save_layer_bits", "save_recipe")
@@ -104,7 +105,7 @@ def quantize_once(model: str, output: str | None, given: GivenOptions, wanted: O
             saved.write()
         return result
 
-    return run_command(wanted, files, work)
+    return run_command(wanted, files, work, imports="qconv.pipeline.quantize")
 
 
 def _quantize(
@@ -112,12 +113,16 @@ def _quantize(
 ) -> CommandResult:
     from qconv.ir.files import Source, source_of
     from qconv.pipeline import quantize as pipeline_quantize
-    from qconv.report import pages
     from qconv.report.console import show_report
 
     source = source_of(model)
     report, result = pipeline_quantize.quantize(source, None if out == "-" else out, *request, reporter)
     written = Source("the quantized model", None if result is not None else Path(out), result)
+
+    def make_page(command: str) -> Page:
+        from qconv.report import pages  # most runs have none
+
+        return pages.make_quantize_page(report, source, written, *request, command, reporter)
 
     def tell() -> CommandResult:
         told = report.as_dict()
@@ -125,7 +130,7 @@ def _quantize(
             told,
             lambda stream: show_report(report, stream, verbose=wanted.verbose),
             told["tensors"],
-            lambda command: pages.make_quantize_page(report, source, written, *request, command, reporter),
+            make_page,
             report.gates,
             result,
             after_page=tell_again,

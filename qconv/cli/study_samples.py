@@ -114,7 +114,7 @@ def study_samples(
         told = curve.as_dict()
         return CommandResult(told, lambda stream: show_curve(curve, stream, verbose=wanted.verbose), told["points"])
 
-    return run_command(wanted, files, work)
+    return run_command(wanted, files, work, imports="qconv.analysis.sample_study")
 
 
 def _write_chart(curve: SampleCurve, out: Path) -> None:

@@ -62,6 +62,9 @@ from qconv.config.targets import TARGETS, parse_runtime
 RUN_ONLY_OPTIONS = frozenset({"threads", *GATE_OPTIONS, "stats", "save_stats", "save_layer_bits"})
 """Options that change the run, but no byte of the file."""
 
+NO_OWN_BITS = LayerBits()
+"""What is said of a layer that no glob names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -198,7 +201,7 @@ class Recipe:
 
     def bits_of(self, name: str) -> LayerBits:
         """What `layer_bits` says of the layer of this name: its first glob that matches."""
-        return next((bits for glob, bits in self.layer_bits if fnmatch.fnmatchcase(name, glob)), LayerBits())
+        return next((bits for glob, bits in self.layer_bits if fnmatch.fnmatchcase(name, glob)), NO_OWN_BITS)
 
     def scheme_of_weights(self, bits: int) -> Scheme:
         """The scheme of weights with so many bits."""

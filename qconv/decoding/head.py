@@ -76,7 +76,9 @@ class OutputPart:
         source = None if self.sure is None else tensors.get(self.sure.tensor) if self.sure.tensor else reference
         if self.sure is None or source is None or not source.size:
             return None
-        scores = np.nan_to_num(self.sure._product(source))
+        scores = self.sure._product(source)
+        if not np.isfinite(scores).all():
+            scores = np.nan_to_num(scores)
         if np.abs(scores).max() > 1:  # -1 may stand where there is nothing
             scores = sigmoid(scores)
         if self.sure.places is None:

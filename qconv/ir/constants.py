@@ -12,7 +12,7 @@ import onnx
 
 from qconv.errors import Change, format_count
 from qconv.ir.chance import RANDOM_SOURCES
-from qconv.ir.model import Model, attribute, constant_array, ir, tensor_proto
+from qconv.ir.model import Model, Value, attribute, constant_array, ir
 
 
 def lift_constants(model: Model) -> list[Change]:
@@ -138,3 +138,14 @@ def _evaluate_nodes(model: Model, nodes: list[ir.Node], wanted: list[ir.Value]) 
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
     small = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
     return session.Session(small.SerializeToString(), optimize=False).run_all({})
+
+
+def tensor_proto(value: Value) -> onnx.TensorProto:
+    """A constant as protobuf under its own name, read into memory where it lies in a data file."""
+    tensor = value.const_value
+    assert tensor is not None
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor = ir.tensor(tensor.numpy(), dtype=tensor.dtype)
+    proto = ir.serde.serialize_tensor(tensor)
+    proto.name = value.name or ""
+    return proto

@@ -5,8 +5,9 @@ from __future__ import annotations
 import onnx
 
 from qconv.errors import QconvError
+from qconv.ir.constants import tensor_proto
 from qconv.ir.files import Source
-from qconv.ir.model import Model, ir, tensor_proto
+from qconv.ir.model import Model, ir
 
 SMALL_CONSTANT = 1024
 """Bytes up to which the checker sees constants before the work; of others it is told type and shape."""

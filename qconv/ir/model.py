@@ -9,6 +9,7 @@ first use only: it costs a third of a second and 30 MB.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import math
 import sys
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 def defer_import(name: str) -> Iterator[None]:
     """Inside, `import name` gives a stand-in, whose attributes are functions that import `name` when they are called.
 
-    Afterwards the stand-in passes every attribute on, and `import name` means the library itself again.
+    Afterwards it passes every attribute on, and `import name` means the library itself again.
     """
     if name in sys.modules:
         yield
@@ -67,6 +68,8 @@ DataType = ir.DataType
 
 BODY_TYPES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 """Of attributes that hold bodies, as those of If and Loop."""
+
+KEPT_OF_GRAPHS = ("inputs", "outputs", "doc_string", "opset_imports", "name", "metadata_props")
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
@@ -131,7 +134,7 @@ class Model:
     def constant(self, wish: str, array: NDArray[Any], dtype: DataType | None = None) -> Value:
         """A new initializer. `dtype` names a type that numpy lacks; the codes must already fit into it."""
         name = self.fresh(wish)
-        tensor = ir.tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
+        tensor = ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
         self.graph.register_initializer(value)
         return value
@@ -139,7 +142,7 @@ class Model:
     def set_constant(self, value: Value, array: NDArray[Any]) -> None:
         """Give an initializer other numbers of the same shape; its name and type stay. Codes must fit into the type."""
         assert value.const_value is not None
-        tensor = ir.tensor(np.asarray(array, order="C"), dtype=value.const_value.dtype, name=value.name)
+        tensor = ir.Tensor(np.asarray(array, order="C"), dtype=value.const_value.dtype, name=value.name)
         value.const_value = tensor
 
     def build(
@@ -276,10 +279,23 @@ class Model:
     def proto(self) -> onnx.ModelProto:
         """The model as protobuf; external tensors stay references.
 
-        Inferred shapes of inner tensors are left out: every runtime infers them again, and in small files they weigh.
+        Inferred shapes of inner tensors are left out: every runtime infers them again, in small files they weigh, and
+        to write them takes as long as the rest. So what has some is written one by one into a graph without.
         """
-        proto = ir.to_proto(self.inner)
+        graph, frame = self.graph, copy.copy(self.inner)
+        values = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+        annotated = any("quant_parameter_tensor_names" in value.meta for value in values)  # onnx-ir alone writes these
+        if not annotated:
+            said: dict[str, Any] = {name: getattr(graph, name) for name in KEPT_OF_GRAPHS}
+            frame.graph = ir.GraphView(nodes=(), **said)  # type: ignore[assignment] # of which it takes both
+        proto = ir.to_proto(frame)
         del proto.graph.value_info[:]
+        for value in () if annotated else graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value.name = value.name
+                ir.serde.serialize_tensor_into(proto.graph.initializer.add(), value.const_value)
+        for node in () if annotated else graph:
+            ir.serde.serialize_node_into(proto.graph.node.add(), node)
         return proto
 
     def copy(self) -> Model:
@@ -330,17 +346,6 @@ def clip_bounds(node: Node) -> tuple[float, float] | None:
     return (low, high) if low <= high else None
 
 
-def tensor_proto(value: Value) -> onnx.TensorProto:
-    """A constant as protobuf under its own name, read into memory where it lies in a data file."""
-    tensor = value.const_value
-    assert tensor is not None
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor = ir.tensor(tensor.numpy(), dtype=tensor.dtype)
-    proto = ir.serde.serialize_tensor(tensor)
-    proto.name = value.name or ""
-    return proto
-
-
 def input_of(node: Node, index: int) -> Value | None:
     """Input `index`, None where the node has no such input."""
     return node.inputs[index] if index < len(node.inputs) else None
@@ -357,7 +362,7 @@ def values_read_by(node: Node) -> list[Value]:
     for body in _node_bodies(node):
         inner = list(body.all_nodes())
         made = {value for n in inner for value in n.outputs} | {
-            v for b in (body, *_bodies_inside(inner)) for v in b.inputs
+            v for b in (body, *(b for n in inner for b in _node_bodies(n))) for v in b.inputs
         }
         found += [value for n in inner for value in n.inputs if value is not None and value not in made]
         found += [value for value in body.outputs if value not in made]
@@ -372,10 +377,6 @@ def _node_bodies(node: Node) -> list[ir.Graph]:
         elif held.type == ir.AttributeType.GRAPHS:
             found += held.value
     return found
-
-
-def _bodies_inside(nodes: Iterable[Node]) -> list[ir.Graph]:
-    return [body for node in nodes for body in _node_bodies(node)]
 
 
 def dims(value: Value) -> list[int | None] | None:

@@ -4,19 +4,20 @@ Between two stops the tensors that are still to be read are held for all images:
 one, not the whole network. What a stop needs runs as a small model of its own. Dequantizers are rerun by whoever
 reads them, so that integers are held instead of floats four times as large; so is what makes sequences, which are no
 arrays that could be held. `NetworkTail` is the rest of the network behind some tensors, where these alone are
-quantized, or where one layer is replaced.
+quantized, or where one layer is replaced. `MovedOutputs` is all of it with errors put in, one at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.ir.files import total_weight_bytes
 from qconv.ir.model import Model, Node, Value, constant_array, is_tensor, values_read_by
 from qconv.ir.stored_weights import read_dequantizer
 from qconv.ir.subgraph import (
@@ -26,9 +27,12 @@ from qconv.ir.subgraph import (
     SWITCH_INPUT,
     ZERO_POINT_INPUT,
     SubgraphProto,
+    Tail,
     expose_inputs,
     extract_subgraph,
+    find_tail,
     insert_fake_quantize,
+    runnable_with_outputs,
     unrounded_name,
 )
 from qconv.quantizer import QuantParams, QuantSpec
@@ -265,6 +269,69 @@ class NetworkTail:
 
     def _feed(self, index: int) -> dict[str, NDArray[Any]]:
         return {unrounded_name(name, self._raw): x for name, x in self._part.feed(index).items()}
+
+
+MOST_TAILS, TAIL_BYTES = 12, 2**29
+"""Parts of the float network that are held ready to measure what errors do, and bytes of their weights, about."""
+
+
+@dataclass(slots=True)
+class MovedOutputs:
+    """The float network with inputs for errors. What lies in front of an error runs once a batch.
+
+    whole: all of it. tails: what changes with each input; several have one. found: the tensors of the last batch.
+    """
+
+    model: Model
+    results: list[str]
+    whole: Session
+    tails: dict[str, Tail]
+    threads: int | None
+    sessions: dict[int, Session] = field(default_factory=dict)
+    found: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, model: Model, inputs: Sequence[str], results: Sequence[str], *, name: str, threads: int | None
+    ) -> MovedOutputs:
+        """inputs: those for errors, in the order of the network. results: names of outputs, each computed by a node."""
+        weights = total_weight_bytes(model)
+        each = -(-len(inputs) // max(1, min(MOST_TAILS, TAIL_BYTES // max(1, weights))))
+        tails: dict[str, Tail] = {}
+        for start in range(0, len(inputs), each) if weights < TAIL_BYTES else ():
+            some = inputs[start : start + each]
+            tails |= dict.fromkeys(some, find_tail(model, some, results))
+        tails = {name: tail for name, tail in tails.items() if tail.feedable}
+        fed = {value.name for value in model.graph.inputs}
+        read = (value.name or "" for tail in tails.values() for value in tail.reads)
+        wanted = dict.fromkeys([*results, *(name for name in read if name not in fed)])
+        with runnable_with_outputs(model, wanted) as runnable:
+            whole = Session(runnable, name=name, threads=threads)
+        return cls(model, list(results), whole, tails, threads)
+
+    def start(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Run a batch without errors. Returns the results."""
+        names = list(dict.fromkeys([*self.results, *self.whole.outputs]))
+        self.found = {**feeds, **dict(zip(names, self.whole.run(names, feeds), strict=True))}
+        return [self.found[name] for name in self.results]
+
+    def by(self, name: str, error: NDArray[Any]) -> list[NDArray[Any]]:
+        """The results of the same batch with one error."""
+        tail = self.tails.get(name)
+        feeds = {**self.found, name: error}
+        if tail is None:
+            known = {own for own, _, _ in self.whole.inputs}
+            return self.whole.run(self.results, {own: array for own, array in feeds.items() if own in known})
+        if not tail.outputs:
+            return [self.found[result] for result in self.results]
+        if id(tail) not in self.sessions:
+            part = tail.extract(self.model, self.found).SerializeToString()
+            self.sessions[id(tail)] = Session(part, name=self.whole.name, threads=self.threads)
+        got = self.sessions[id(tail)].run(
+            tail.outputs, {value.name or "": feeds[value.name or ""] for value in tail.reads}
+        )
+        moved = dict(zip(tail.outputs, got, strict=True))
+        return [moved[result] if result in moved else self.found[result] for result in self.results]
 
 
 def collect_up_to(most: int, outputs: Iterator[list[NDArray[Any]]]) -> list[list[NDArray[Any]]]:

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from qconv.ir.chance import still
+from qconv.ir.constants import tensor_proto
 from qconv.ir.files import PROTOBUF_LIMIT, full_proto, total_weight_bytes
-from qconv.ir.model import Model, Node, Value, ir, tensor_proto, values_read_by
+from qconv.ir.model import Model, Node, Value, ir, is_tensor, values_read_by
 from qconv.storage import locked_folder, temporary_path
 
 UNROUNDED_SUFFIX = "_not_rounded"
@@ -55,6 +57,50 @@ def extract_subgraph(
     still(graph)
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What changes in a network with some of its inputs.
+
+    nodes: in order. reads: tensors of the rest that they read, inputs of the network among them. outputs: names.
+    """
+
+    nodes: list[Node]
+    reads: list[Value]
+    outputs: list[str]
+
+    @property
+    def feedable(self) -> bool:
+        """Whether all that it reads can be fed: sequences cannot."""
+        return all(map(is_tensor, self.reads))
+
+    def extract(self, model: Model, fed: Mapping[str, NDArray[Any]]) -> SubgraphProto:
+        """The part as a model. fed: an example of what is fed, by name."""
+        kinds = {value.name or "": fed[value.name or ""] for value in self.reads}
+        inputs = {name: (array.dtype, [None] * array.ndim) for name, array in kinds.items()}
+        made = {value.name: value for node in self.nodes for value in node.outputs}
+        return extract_subgraph(model, self.nodes, inputs, [made[name] for name in self.outputs])
+
+
+def find_tail(model: Model, inputs: Collection[str], outputs: Sequence[str]) -> Tail:
+    """What of these outputs, and on the way to them, changes with these inputs of the network."""
+    changed = {value for value in model.graph.inputs if value.name in inputs}
+    behind: list[tuple[Node, list[Value]]] = []
+    for node in model.graph:
+        read = values_read_by(node)
+        if any(value in changed for value in read):
+            behind.append((node, read))
+            changed.update(node.outputs)
+    needed, nodes = {value for value in changed if value.name in outputs}, []
+    for node, read in reversed(behind):
+        if any(value in needed for value in node.outputs):
+            nodes.append(node)
+            needed.update(read)
+    made = {value for node in nodes for value in node.outputs}
+    reads = sorted((v for v in needed - made if not v.is_initializer()), key=lambda value: value.name or "")
+    names = {value.name for value in made}
+    return Tail(nodes[::-1], reads, [name for name in outputs if name in names])
 
 
 def insert_fake_quantize(

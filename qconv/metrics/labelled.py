@@ -25,14 +25,11 @@ from qconv.data.box_labels import (
     require_stated_sizes,
     settle_classes,
 )
-from qconv.data.coco_labels import read_coco_labels
 from qconv.data.dataset import suffix_of
 from qconv.data.fitting import Size, place_picture
 from qconv.data.images import UnreadableImage, read_size
 from qconv.data.label_files import LabelForm, LabelledPictures, LabelRequest, ModelClasses, find_label_form
 from qconv.data.mask_labels import NO_CLASS, MaskLabels, read_mask_labels, tell_of_unmapped
-from qconv.data.voc_labels import read_voc_labels
-from qconv.data.yolo_labels import read_yolo_labels
 from qconv.decoding.boxes import MOST_BOXES, Detections
 from qconv.decoding.head import Head, read_class_names
 from qconv.errors import QconvError, format_count
@@ -262,12 +259,7 @@ def open_labels(
         strangers = {*request.path.rglob("*.png")} - {*files.values(), *paths}
         _tell_of_strangers(len(strangers) if all_used else 0, warn)
         return OpenedLabels(request, form, pictures, sizes, None)
-    if form is LabelForm.COCO:
-        written = read_coco_labels(request.path, pictures)
-    elif form is LabelForm.VOC:
-        written = read_voc_labels(request.path, pictures)
-    else:
-        written = read_yolo_labels(request.path, pictures, sizes)
+    written = _read_boxes(form, request.path, pictures, sizes)
     if not any(path in sizes for path in written.pictures):
         fact = f"{request.path} has labels of none of the pictures, as {paths[0].name}"
         raise QconvError(f"{fact}, but of {written.strangers} others.", elsewhere)
@@ -276,6 +268,21 @@ def open_labels(
     for text in filter(None, (*written.remarks, describe_boxes_outside(written, sizes))):
         warn(text)
     return OpenedLabels(request, form, pictures, sizes, written)
+
+
+def _read_boxes(form: LabelForm, path: Path, pictures: LabelledPictures, sizes: Mapping[Path, Size]) -> WrittenLabels:
+    """The boxes of a file or folder. Only the reader of their form is imported: most runs have no labels at all."""
+    if form is LabelForm.COCO:
+        from qconv.data.coco_labels import read_coco_labels
+
+        return read_coco_labels(path, pictures)
+    if form is LabelForm.VOC:
+        from qconv.data.voc_labels import read_voc_labels
+
+        return read_voc_labels(path, pictures)
+    from qconv.data.yolo_labels import read_yolo_labels
+
+    return read_yolo_labels(path, pictures, sizes)
 
 
 def _tell_of_strangers(count: int, warn: Warn) -> None:

@@ -42,7 +42,6 @@ from qconv.metrics.demands import (
     require_measures,
 )
 from qconv.passes import fold
-from qconv.passes.embed_preprocessing import embed_preprocessing
 from qconv.pipeline.checks import check_places, require_layers, warn_of_unmatched_options
 from qconv.pipeline.collect import CalibrationCache, CalibrationData, open_calibration_data
 from qconv.planning.placement import choose_float_nodes
@@ -194,6 +193,8 @@ def prepare(
     with clock.step("fold"):
         findings = loaded.findings + fold.run_float_passes(model, for_ort=runs_on_ort(recipe))
         if recipe.embed_preprocessing is not None:
+            from qconv.passes.embed_preprocessing import embed_preprocessing  # most runs have no need of it
+
             fed, layout = pictures.take_pixels(recipe.embed_preprocessing), recipe.embed_preprocessing
             findings += embed_preprocessing(model, fed, layout, exact=recipe.activation_bits > 8)
     with clock.step("plan"):

@@ -73,7 +73,6 @@ from qconv.search.candidate import (
 )
 from qconv.search.division import found_bits
 from qconv.search.gate_check import GateCheck
-from qconv.search.latency import tune_latency
 from qconv.search.local_noise import divide_by_statistics
 from qconv.search.loudest_images import HeardOutputs
 from qconv.search.mixed_precision import check_target_size, predict_recipe, search_bits
@@ -275,6 +274,8 @@ class _QuantizationRun:
         """Leave in float what runs faster there by the times of this machine, where that is asked for."""
         if not self.recipe.tune_latency:
             return
+        from qconv.search.latency import tune_latency  # most runs measure no times
+
         model, recipe, pictures = self.model, self.recipe, self.pictures
         with self.clock.step("tune"):
             fastest = tune_latency(

@@ -59,7 +59,7 @@ RIDGES_AT_8 = (16.0, 1.0)
 ENOUGH_HELD_OUT_ROWS = 64
 """Held-out rows from which on each output chooses for itself; with fewer, all outputs of a layer choose together."""
 
-LEAST_ROWS = 2048
+LEAST_ROWS = 1024
 """Least number of rows that are drawn for a layer, where there are so many."""
 
 FEWEST_HELD_OUT_ROWS = 4
@@ -94,10 +94,10 @@ class RoundingEffort:
     depthwise: bool = False
 
     def for_bits(self, bits: Iterable[int]) -> RoundingEffort:
-        """The effort for weights of these bits: a third of the images and half the rows where none has fewer than 8."""
+        """The effort for weights of these bits: a quarter of the images, half the rows where none has fewer than 8."""
         if min(bits, default=8) < 8:
             return self
-        return replace(self, pictures=self.pictures // 3, rows=self.rows // 2, most_rows=self.most_rows // 2)
+        return replace(self, pictures=self.pictures // 4, rows=self.rows // 2, most_rows=self.most_rows // 2)
 
     def rows_for(self, inputs: int) -> int:
         """Rows to draw for a layer whose outputs read so many inputs each."""

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, TextIO
-
-import rich.console
-import rich.progress
-from rich.markup import escape
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Skipped, format_bytes, format_count, printable
 from qconv.report.text import describe_difference, format_columns, wrap_text
 from qconv.results.precision import FOR_ACCURACY, PrecisionReport
-from qconv.results.quantize import FloatNode, MixedPrecision, OutputScore, Report
-from qconv.results.sample_curve import SampleCurve, Spread, format_value
-from qconv.results.scores import DECIBEL, FLOAT_MAP, LabelledScores, Metric, Score, by_rank
+from qconv.results.scores import DECIBEL, FLOAT_MAP, LabelledScores, Metric, Score, by_rank, format_value
+
+if TYPE_CHECKING:  # what is here alone is not imported for the summary of a run
+    import rich.console
+    import rich.progress
+
+    from qconv.results.quantize import FloatNode, MixedPrecision, OutputScore, Report
+    from qconv.results.sample_curve import SampleCurve, Spread
 
 MOST_LINES = 8
 """Of changes, and of what was left alone; one more where that is all."""
@@ -30,28 +31,39 @@ TITLE_WIDTH = 12
 
 
 class Console:
-    """Messages on stderr while a run lasts: warnings, and a progress bar where stderr is a terminal."""
+    """Messages on stderr while a run lasts: warnings, and a progress bar where stderr is a terminal.
+
+    rich is imported where it has something to draw: into a pipe nothing is drawn.
+    """
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._console = rich.console.Console(stderr=True, highlight=False)
         # FORCE_COLOR, which CI systems set, makes rich take a log for a terminal
         self._watched = sys.stderr is not None and sys.stderr.isatty()
+        self._console: rich.console.Console | None = None
         self._bar: rich.progress.Progress | None = None
         self._tasks: dict[str, rich.progress.TaskID] = {}
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        if not self._quiet:
-            self._console.print(f"[yellow]Warning:[/] {escape(printable(text))}", soft_wrap=True)
+        if self._quiet:
+            return
+        if self._watched or os.environ.get("FORCE_COLOR"):
+            from rich.markup import escape
+
+            self._drawn.print(f"[yellow]Warning:[/] {escape(printable(text))}", soft_wrap=True, emoji=False)
+        else:
+            print(f"Warning: {printable(text)}", file=sys.stderr)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Move the progress bar of `stage`, where stderr is a terminal."""
         if self._quiet or not self._watched:
             return
         if self._bar is None:
-            columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
-            self._bar = rich.progress.Progress(*columns, console=self._console, transient=True)
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress
+
+            columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
+            self._bar = Progress(*columns, console=self._drawn, transient=True)
             self._bar.start()
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(stage, total=total)
@@ -63,22 +75,39 @@ class Console:
             self._bar.stop()
             self._bar = None
 
+    @property
+    def _drawn(self) -> rich.console.Console:
+        if self._console is None:
+            from rich.console import Console as RichConsole
+
+            self._console = RichConsole(stderr=True, highlight=False)
+        return self._console
+
 
 def show_report(report: Report, stream: TextIO, *, verbose: bool) -> None:
     """Print the summary of `quantize`. verbose: also every finding and tensor."""
     lines = [(name, printable(text)) for name, text in _summary_lines(report)]
     if stream.isatty():
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-        for name, text in lines:
-            table.add_row(name, text)
-        rich.console.Console(file=stream, highlight=False).print(table)
+        short = {printable(gate.in_words) for gate in report.gates if not gate.held}
+        _draw_summary(lines, short, stream)
     else:
-        rows = [(name.ljust(TITLE_WIDTH), rich.markup.render(text).plain) for name, text in lines]
-        print(format_columns(rows, "ll"), file=stream)
+        print(format_columns([(name.ljust(TITLE_WIDTH), text) for name, text in lines], "ll"), file=stream)
     if verbose:
         _print_details(report, stream)
+
+
+def _draw_summary(lines: list[tuple[str, str]], red: set[str], stream: TextIO) -> None:
+    """Print (title, text) on a terminal, some of the texts in red."""
+    from rich.console import Console as RichConsole
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in lines:
+        table.add_row(name, Text(text, style="red" if text in red else ""))
+    RichConsole(file=stream, highlight=False).print(table)
 
 
 def show_curve(curve: SampleCurve, stream: TextIO, *, verbose: bool) -> None:
@@ -112,31 +141,31 @@ def _capitalize(text: str) -> str:
 
 
 def _summary_lines(report: Report) -> list[tuple[str, str]]:
-    """Compose the summary as (title, text in rich's markup)."""
+    """Compose the summary as (title, text)."""
     size = f"{format_bytes(report.float_bytes)} -> {format_bytes(report.quantized_bytes)}, {report.ratio:.2f} of float"
     lines = [
-        ("written", "to standard output" if report.output == "-" else escape(report.output)),
+        ("written", "to standard output" if report.output == "-" else report.output),
         ("size", size),
         ("accuracy", _format_accuracy(report)),
     ]
     if report.verify.labelled is not None:
-        lines += [("", escape(text)) for text in _describe_labels(report.verify.labelled)]
+        lines += [("", text) for text in _describe_labels(report.verify.labelled)]
     several = len(report.verify.outputs) > 1
     lines += [("", _format_score(o)) for o in report.verify.outputs if several or o.parts]
     if report.verify.speed_in_words:
         lines.append(("speed here", f"{report.verify.speed_in_words} the float model's, timed while checking"))
-    lines += [("outputs" if not index else "", escape(o.in_words)) for index, o in enumerate(report.outputs)]
+    lines += [("outputs" if not index else "", o.in_words) for index, o in enumerate(report.outputs)]
     if report.preprocessing_words:
-        lines.append(("pictures", escape(report.preprocessing_words)))
+        lines.append(("pictures", report.preprocessing_words))
     lines += [("changed", text) for text in _first(_change_lines(report))]
     changes = [found for found in report.findings if isinstance(found, Change)]
-    lines += [(title, escape(c.what)) for step, title in OWN_TITLES.items() for c in changes if c.step == step]
+    lines += [(title, c.what) for step, title in OWN_TITLES.items() for c in changes if c.step == step]
     lines += _mixed_precision_lines(report.mixed)
     lines += _precise_activation_lines(report.precision)
     lines += _execution_lines(report)
     lines += [("left alone", text) for text in _skipped_lines(report)]
     lines.append(("needs", f"{report.needs} (opset {report.opset}, IR {report.ir_version})"))
-    lines += [("gate", gate.in_words if gate.held else f"[red]{gate.in_words}[/]") for gate in report.gates]
+    lines += [("gate", gate.in_words) for gate in report.gates]
     memory = "" if report.peak_rss_mb is None else f", peak memory {report.peak_rss_mb:.0f} MB"
     lines.append(("took", f"{report.time['total']:.1f} s{memory}"))
     return lines
@@ -216,11 +245,11 @@ def _format_accuracy(report: Report) -> str:
 def _format_score(output: OutputScore) -> str:
     measured = [score for score in output.scores if score.value is not None]
     if output.remark and not any(score.unit == DECIBEL for score in measured):
-        return f"{escape(output.name)}: {output.remark}"
+        return f"{output.name}: {output.remark}"
     if all(score.shows_no_difference for score in output.scores):
-        return f"{escape(output.name)}: equal"
+        return f"{output.name}: equal"
     told = [part.in_words for part in output.parts] or [score.in_words(score.metric.brief) for score in measured]
-    return f"{escape(output.name)}: {', '.join(told)}"
+    return f"{output.name}: {', '.join(told)}"
 
 
 def _change_lines(report: Report) -> list[str]:
@@ -229,7 +258,7 @@ def _change_lines(report: Report) -> list[str]:
     for found in report.findings:
         if isinstance(found, Change) and found.step not in OWN_TITLES:
             kinds[found.kind or found.what] += 1
-    return [f"{count} x {escape(kind)}" if count > 1 else escape(kind) for kind, count in kinds.most_common()]
+    return [f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.most_common()]
 
 
 def _first(lines: list[str]) -> list[str]:
@@ -242,7 +271,7 @@ def _float_node_lines(islands: tuple[FloatNode, ...]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for island in islands:
         reasons.setdefault(island.why, []).append(island.node)
-    return [f"{_join_some(nodes)}: {escape(why)}" for why, nodes in reasons.items()]
+    return [f"{_join_some(nodes)}: {why}" for why, nodes in reasons.items()]
 
 
 def _placed_node_lines(placed: tuple[FloatNode, ...]) -> list[str]:
@@ -280,11 +309,11 @@ def _skipped_lines(report: Report) -> list[str]:
     for found in report.findings:
         if isinstance(found, Skipped):
             reasons.setdefault(found.why, []).append(found.where)
-    return _first([f"{_join_some(places)}: {escape(why)}" for why, places in reasons.items()])
+    return _first([f"{_join_some(places)}: {why}" for why, places in reasons.items()])
 
 
 def _join_some(names: list[str]) -> str:
-    shown = ", ".join(escape(name) for name in names[:2])
+    shown = ", ".join(names[:2])
     return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
 
 

@@ -21,8 +21,8 @@ from qconv.report.text import format_trial_gain, format_trial_value
 from qconv.results.comparison import Comparison, Diagnosis, LayerComparison, Sweep, ValueStatistics
 from qconv.results.precision import PrecisionReport
 from qconv.results.quantize import Audit, FloatNode, group_float_nodes
-from qconv.results.sample_curve import SampleCurve, Spread, format_value
-from qconv.results.scores import SHARE, Metric, find_score
+from qconv.results.sample_curve import SampleCurve, Spread
+from qconv.results.scores import SHARE, Metric, find_score, format_value
 from qconv.results.training import SynthesisResult
 from qconv.results.trials import Trial, list_trial_metrics
 

@@ -41,8 +41,11 @@ from qconv.results.trials import Trial
 if TYPE_CHECKING:  # it needs PyTorch
     from qconv.training.synthesize import SynthesizedImages
 
-COMPARED_IMAGES = 64
-"""Calibration pictures that layers are compared on."""
+COMPARED_IMAGES, EFFECT_RUNS = 32, 300
+"""Calibration pictures that layers are compared on, and runs for what single errors do at the outputs.
+
+`compare` takes more of both: a page that comes with a run is to take no longer than the run.
+"""
 
 HALF_OF_ERROR = 0.5
 
@@ -77,7 +80,9 @@ def make_quantize_page(
         few = replace(data, samples=min(data.samples or COMPARED_IMAGES, COMPARED_IMAGES))
         try:
             # what there is to warn of was told while quantizing
-            looked = compare_on_images(source, quantized, few, reporter.without_warnings(), recipe.threads)
+            looked = compare_on_images(
+                source, quantized, few, reporter.without_warnings(), recipe.threads, effect_runs=EFFECT_RUNS
+            )
         except QconvError as error:
             without = f"The layers could not be compared: {error.message}"
     scores = AccuracyScores(report.verify.images, report.verify.compared, report.verify.kind_of_images)

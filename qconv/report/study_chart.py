@@ -20,8 +20,8 @@ from qconv.data.images import png_bytes
 from qconv.errors import format_count
 from qconv.report.html import Page, Tile
 from qconv.report.tiles import make_warnings_tile
-from qconv.results.sample_curve import SampleCurve, Spread, format_value
-from qconv.results.scores import Metric
+from qconv.results.sample_curve import SampleCurve, Spread
+from qconv.results.scores import Metric, format_value
 
 HEIGHT = 560
 

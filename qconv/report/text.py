@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import shlex
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-import rich.console
 from rich.cells import cell_len
-from rich.table import Table
-from rich.text import Text
 
-from qconv.analysis.evaluation import Evaluation
-from qconv.auditing.audit import FileAudit
 from qconv.errors import format_count, format_shape, format_some
 from qconv.metrics.similarity import SIGNIFICANT, difference_interval
-from qconv.results.comparison import Cause, Diagnosis, Sweep
 from qconv.results.quantize import FloatNode, group_float_nodes
 from qconv.results.scores import (
     BOXES,
@@ -35,7 +29,12 @@ from qconv.results.scores import (
     value_of,
 )
 from qconv.results.trials import Trial, find_ranking, list_trial_metrics
-from qconv.runtime.benchmark import Benchmark
+
+if TYPE_CHECKING:  # these bring most of the program
+    from qconv.analysis.evaluation import Evaluation
+    from qconv.auditing.audit import FileAudit
+    from qconv.results.comparison import Cause, Diagnosis, Sweep
+    from qconv.runtime.benchmark import Benchmark
 
 COLUMNS = 80
 
@@ -245,16 +244,14 @@ def format_columns(rows: Sequence[Sequence[str]], sides: str) -> str:
     """
     kept = [index for index in range(len(sides)) if any(row[index] for row in rows)]
     cells = [[row[index].expandtabs() for index in kept] for row in rows]
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for index in kept:
-        table.add_column(justify="right" if sides[index] == "r" else "left", no_wrap=True)
-    for line in cells:
-        table.add_row(*map(Text, line))  # Text: brackets in names are no markup
-    width = sum(2 + max(map(cell_len, column)) for column in zip(*cells, strict=True))
-    console = rich.console.Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    with console.capture() as captured:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        blanks = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        flush = zip(row, blanks, kept, strict=True)
+        told = (blank + cell if sides[index] == "r" else cell + blank for cell, blank, index in flush)
+        lines.append("  ".join(told).rstrip())
+    return "\n".join(lines)
 
 
 def wrap_text(text: str, indent: int = 0) -> str:

@@ -280,13 +280,6 @@ class SampleCurve:
         }
 
 
-def format_value(metric: Metric, value: float | None) -> str:
-    """Format a value without its unit; "equal" for infinite ones, which equal outputs have, "-" for none."""
-    if value is None:
-        return "-"
-    return metric.number(value) if math.isfinite(value) else "equal"
-
-
 def _as_list(spread: Spread | None) -> list[float | None] | None:
     """Return [worst, median, best] JSON-ready, infinity as null."""
     return None if spread is None else [value if math.isfinite(value) else None for value in spread]

@@ -6,6 +6,7 @@ what is measured; `metrics.comparison` says which are measured of which outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -370,3 +371,10 @@ def as_intervals(scores: Sequence[Score], *, told: Sequence[Metric] = ALWAYS_TOL
 def by_rank(scores: Iterable[Score]) -> list[Score]:
     """Sort scores as summaries and tables of measures list them: what a task is judged by first, then SQNR."""
     return sorted(scores, key=lambda score: score.metric.rank)
+
+
+def format_value(metric: Metric, value: float | None) -> str:
+    """Format a value without its unit; "equal" for infinite ones, which equal outputs have, "-" for none."""
+    if value is None:
+        return "-"
+    return metric.number(value) if math.isfinite(value) else "equal"

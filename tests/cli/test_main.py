@@ -23,8 +23,36 @@ def test_no_command_and_no_model(call: Qconv, calib: Path) -> None:
 def test_help_and_version(call: Qconv) -> None:
     assert call("--version").out.decode().split()[-1] == qconv.__version__
     text = call("quantize", "--help").out.decode()
-    for param in main.cli.commands["quantize"].params:
+    for param in main.cli.load_all()["quantize"].params:
         assert all(opt in text for opt in param.opts if opt.startswith("--"))
+
+
+def test_a_command_imports_no_other_and_what_a_run_does_not_need_stays_out(tmp_path: Path, calib: Path) -> None:
+    """What draws on terminals and pages, other commands, their analyses, and readers of labels: none of it is used."""
+    args = ["quantize", CIFAR, "--calib", calib, "--samples", "1", "--effort", "fast", "-o", tmp_path / "q.onnx"]
+    code = f"""
+import sys
+from qconv.cli.main import main
+sys.argv = ["qconv", *{list(map(str, args))!r}]
+try:
+    main()
+except SystemExit as leaving:
+    assert not leaving.code, leaving.code
+print(*sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stderr.splitlines()[-1].split())
+    unused = {"rich.console", "rich.progress", "rich.table", "jinja2", "plotly", "torch", "xml.etree.ElementTree"}
+    unused |= {"qconv.cli.compare", "qconv.cli.finetune", "qconv.report.pages", "qconv.report.html", "qconv.analysis"}
+    unused |= {"qconv.data.voc_labels", "qconv.search.latency", "qconv.passes.embed_preprocessing", "sympy"}
+    assert loaded & unused == set()
+    assert {"qconv.cli.quantize", "onnxruntime"} <= loaded
+
+
+def test_a_command_is_loaded_by_its_name() -> None:
+    commands = main.cli.load_all()
+    assert list(commands) == list(main.COMMANDS)
+    assert all(command.name == name for name, command in commands.items())
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["quantize", "--help"], ["quantize", "m.onnx"]])

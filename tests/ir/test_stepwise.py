@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from qconv.ir.stepwise import NetworkTail, StepwiseRun
+from qconv.ir import stepwise
+from qconv.ir.stepwise import MovedOutputs, NetworkTail, StepwiseRun
 from qconv.runtime.session import Session
 from qconv.storage import ArrayStore
 from tests.support.models import ints, loaded, network
@@ -132,3 +133,34 @@ def test_large_constants_are_fed(monkeypatch) -> None:
     with contextlib.closing(ArrayStore(10**9)) as store:
         found = StepwiseRun(model, feeds, store, threads=1).values_of(model.graph.outputs[0])[0]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("held", [0, 2**29], ids=["as a whole", "in parts"])
+def test_outputs_move_with_an_error_as_when_all_is_run(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors before a branch, in it, on its shortcut, behind it, and where no output reads them."""
+    monkeypatch.setattr(stepwise, "TAIL_BYTES", held)
+    body = (
+        "a = Conv(x, w) b = Add(a, e1) c = Conv(b, v) d = Add(c, e2) f = Relu(d) g = Add(b, e3) h = Add(f, g) "
+        "k = Add(h, e4) z = Conv(k, v) y = Conv(g, u) m = Add(a, e5) n = Relu(m)"
+    )
+    errors = ["e1", "e2", "e3", "e4", "e5"]
+    proto = network(body, x=("N", 3, 6, 6), outputs=("z", "y"), **{name: WEIGHTS[name] for name in "wvu"})
+    for name in errors:
+        sides = [f"{name}_{axis}" for axis in range(4)]
+        proto.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sides))
+    model = loaded(proto)
+    rng = np.random.default_rng(0)
+    whole = Session(model.proto().SerializeToString(), threads=1)
+    moved = MovedOutputs.of(model, errors, ["z", "y"], name="a network", threads=1)
+    assert bool(moved.tails) == bool(held)
+    for count in (1, 2):
+        feeds = {"x": rng.standard_normal((count, 3, 6, 6)).astype(np.float32)}
+        feeds |= dict.fromkeys(errors, np.zeros((1, 1, 1, 1), np.float32))
+        own = [numbers.copy() for numbers in moved.start(feeds)]
+        for name in errors:
+            error = rng.standard_normal((count, 4, 6, 6)).astype(np.float32)
+            got = moved.by(name, error)
+            for place, expected in enumerate(whole.run(["z", "y"], {**feeds, name: error})):
+                np.testing.assert_allclose(got[place], expected, rtol=1e-5, atol=1e-5)
+            reached = {"e1": (0, 1), "e2": (0,), "e3": (0, 1), "e4": (0,), "e5": ()}[name]
+            assert all((place in reached) == (not np.array_equal(got[place], own[place])) for place in (0, 1))

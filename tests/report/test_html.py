@@ -482,7 +482,7 @@ def test_statistics_alone_make_a_page_without_layers(tmp_path: Path) -> None:
 
 
 def test_layers_that_cannot_be_compared_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
         raise QconvError("No layer of it is known.")
 
     monkeypatch.setattr(pages, "compare_on_images", refuse)

@@ -49,7 +49,7 @@ def options() -> str:
     """A table of options for every command, as Markdown."""
     context = click.Context(cli, info_name="qconv")
     parts = []
-    for name, command in cli.commands.items():
+    for name, command in cli.load_all().items():
         rows = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
         inner = click.Context(command, info_name=name, parent=context)
         usage = " ".join(command.collect_usage_pieces(inner))
