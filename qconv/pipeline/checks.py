@@ -11,6 +11,7 @@ import fnmatch
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,14 @@ from qconv.config.targets import Target
 from qconv.data.loader import DataLoader
 from qconv.errors import Finding, QconvError, Skipped, format_some
 from qconv.ir import files
+from qconv.ir.chance import describe_random_nodes
 from qconv.ir.data_shapes import find_data_dependent
 from qconv.ir.fast_pools import is_window
 from qconv.ir.files import Source
 from qconv.ir.model import Model, dims
+from qconv.ir.original import open_original
 from qconv.ir.packed_codes import NOTHING_TO_PACK, describe_packing, iter_codes, pack_codes
-from qconv.metrics.comparison import verify
+from qconv.metrics.comparison import describe_differing_runs, verify
 from qconv.pipeline.collect import CalibrationData
 from qconv.planning.eligibility import may_become_nbits
 from qconv.planning.plan import Plan
@@ -278,3 +281,18 @@ def verify_staged(
     # a network with a batch of its own may have seen some twice
     found = replace(found, images=min(found.images, feed.pictures), held_back=pictures.held is not None)
     return found if target.on_ort else replace(found, slowdown=None, slowdown_range=None)
+
+
+def warn_of_chance(
+    model: Model, source: Source, feed: DataLoader | None, original: Session, recipe: Recipe, reporter: Reporter
+) -> None:
+    """Say by how much the float model differs from itself, where it draws at random.
+
+    model: loaded. source: the user's own model, which `original` runs. feed: what it is run on; None for nothing.
+    """
+    what = describe_random_nodes(model)
+    if what and feed is not None:
+        plain = partial(open_original, source, recipe.threads, optimize=False)
+        differing = describe_differing_runs(what, original, plain, map(feed.as_float, feed.iter_cached("verify")))
+        if differing:
+            reporter.warn(differing)

@@ -21,14 +21,12 @@ from qconv.config.targets import TARGETS, Target
 from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding, Skipped, require_torch
 from qconv.ir import files
-from qconv.ir.chance import describe_random_nodes
 from qconv.ir.files import Source
 from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.metadata import write_metadata
 from qconv.ir.model import Model
 from qconv.ir.original import open_original
 from qconv.ir.requirements import needed_runtime
-from qconv.metrics.comparison import describe_differing_runs
 from qconv.metrics.demands import check_gates, require_extras
 from qconv.metrics.labelled import tell_of_misfit
 from qconv.metrics.network_outputs import NetworkOutputs
@@ -45,6 +43,7 @@ from qconv.pipeline.checks import (
     places_of,
     verify_staged,
     warn_of_all_float,
+    warn_of_chance,
     warn_of_result,
     warn_of_uncorrected_biases,
     warn_of_vain_keep_float,
@@ -63,7 +62,6 @@ from qconv.results.float_share import FloatShare
 from qconv.results.precision import PrecisionReport
 from qconv.results.quantize import Audit, MixedPrecision, OutputFact, Report, TensorRow, Verification
 from qconv.runtime.benchmark import peak_rss_mb
-from qconv.runtime.session import Session
 from qconv.search.candidate import (
     FoldedNetwork,
     QuantizationSolution,
@@ -229,10 +227,8 @@ class _QuantizationRun:
             if moved:  # constants are others now
                 self.plan = replan(self.plan, model)
             plans = [self.plan, self._plan_without_floats()] if recipe.searches else [self.plan]
-            if self.saved and not moved:
-                self.sketches = self.saved
-            else:
-                self.sketches = pictures.sketches(model, plans, recipe, self._make_listener())
+            kept = self.saved if self.saved and not moved else None
+            self.sketches = kept or pictures.sketches(model, plans, recipe, self._make_listener())
             if pictures.data_free_statistics is not None:
                 self.findings += pictures.data_free_statistics.findings
             for oddity in find_odd_tensors(self.sketches, find_tensors_of_pictures(model)):
@@ -401,21 +397,11 @@ class _QuantizationRun:
                 pictures.labels.finish(self.reporter.warn)
                 if checked.labelled is not None:
                     tell_of_misfit(checked.labelled.float_scores, checked.labelled.words, self.reporter.warn)
-            self._warn_of_chance(original)
+            warn_of_chance(self.model, self.source, pictures.runnable_loader, original, self.recipe, self.reporter)
         warn_of_vain_keep_float(plan, audited, self.reporter)
         warn_of_all_float(audited, self.target, self.reporter)
         warn_of_result(checked, (self.prepared.size, staged.size), self.advice, self.reporter)
         return checked, audited
-
-    def _warn_of_chance(self, original: Session) -> None:
-        """Say by how much the float model differs from itself, where it draws at random."""
-        what, feed = describe_random_nodes(self.model), self.pictures.runnable_loader
-        if what and feed is not None:
-            plain = partial(open_original, self.source, self.recipe.threads, optimize=False)
-            feeds = map(feed.as_float, feed.iter_cached("verify"))
-            differing = describe_differing_runs(what, original, plain, feeds)
-            if differing:
-                self.reporter.warn(differing)
 
     def save_side_files(self, plan: Plan) -> None:
         """Write the statistics and the bits of layers, where they are asked for. plan: of what was written."""
