@@ -273,7 +273,7 @@ class SketchBuilder:
         if self._bins:
             self._halves.append(upper_halves(view.sample) if halves is None else halves)
         if self._wants_columns and self._is_among_the_least(key):
-            self._columns.append(_pick_columns(view.sample))
+            self._columns.append(pick_columns(view.sample))
             self._column_keys.append(key)
         self._views.append(TensorView(view.lows, view.highs, view.sums, view.count, NO_COLUMNS))
         if len(self._views) >= PENDING_PICTURES:
@@ -400,7 +400,7 @@ def columns_per_image(channels: int) -> int:
     return max(1, COLUMN_ELEMENTS // (MOST_COLUMNS * channels))
 
 
-def _pick_columns(sample: NDArray[np.float32]) -> NDArray[np.float32]:
+def pick_columns(sample: NDArray[np.float32]) -> NDArray[np.float32]:
     """Columns of a sample: (C, X) -> (places, C), evenly spread, repeated where X is smaller."""
     channels, length = sample.shape
     count = columns_per_image(channels)

@@ -25,8 +25,8 @@ from qconv.calibration.observer import (
     ChannelRanges,
     Observer,
     estimate_channel_ranges,
-    observe_each_image,
     open_observed_session,
+    view_channels,
 )
 from qconv.calibration.sketch import SketchContents
 from qconv.data.loader import DataLoader
@@ -111,7 +111,7 @@ def equalize_channels(
 
     def watch(seen: Sequence[Observer], batches: int | None = most) -> dict[str, ChannelRanges]:
         session = open_observed_session(model, seen, threads)
-        return estimate_channel_ranges(observe_each_image(session, seen, islice(feed.iter_batches(STEP), batches)))
+        return estimate_channel_ranges(view_channels(session, seen, islice(feed.iter_batches(STEP), batches)))
 
     if most is None:
         return run.equalize(observers, watch)
