@@ -20,7 +20,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -402,9 +402,13 @@ def columns_per_image(channels: int) -> int:
 
 def pick_columns(sample: NDArray[np.float32]) -> NDArray[np.float32]:
     """Columns of a sample: (C, X) -> (places, C), evenly spread, repeated where X is smaller."""
-    channels, length = sample.shape
+    return sample[:, _places_of_columns(*sample.shape)].T.copy()
+
+
+@cache
+def _places_of_columns(channels: int, length: int) -> NDArray[np.int64]:
     count = columns_per_image(channels)
-    return sample[:, (np.arange(count) * 2 + 1) * length // (2 * count)].T.copy()
+    return (np.arange(count) * 2 + 1) * length // (2 * count)
 
 
 # -- pictures in the order of their keys -------------------------------------------------------------------------------

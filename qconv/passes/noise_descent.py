@@ -35,6 +35,9 @@ ORDERS = (4, 16, 64)
 EVALUATIONS = 12
 """Of the noise of all terms, at each order."""
 
+THINNED, FEWEST_OUTPUTS = 4, 32
+"""Before the last order one output in so many stands for all of a layer, as long as it keeps so many in each group."""
+
 REMEMBERED = 6
 """Steps that L-BFGS keeps."""
 
@@ -72,10 +75,16 @@ def minimize_noise(
         return u
     held = sum(term.noise(u) for term in terms if not np.any(free[term.classes()]))
     for order in ORDERS:
-        noise = _SmoothNoise.of(moving, held, order, u)
+        noise = _SmoothNoise.of(moving if order == ORDERS[-1] else [_thin(term) for term in moving], held, order, u)
         reach = LEAST_LOG_POWER / (2 * order)
         u = _descend(noise, u, np.maximum(lowest, u - reach), np.minimum(highest, u + reach), evaluations)
     return u if total_noise(moving, u) < total_noise(moving, np.zeros_like(u)) else np.zeros_like(u)
+
+
+def _thin(term: NoiseTerm) -> NoiseTerm:
+    if isinstance(term, ActivationNoise):
+        return term
+    return term.thinned(max(1, min(THINNED, term.largest.shape[1] // FEWEST_OUTPUTS)))
 
 
 # -- projected L-BFGS --------------------------------------------------------------------------------------------------

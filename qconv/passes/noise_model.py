@@ -89,6 +89,13 @@ class WeightNoise:
         powers = share * self.powers.reshape(groups, -1) + (1 - share) * other.powers.reshape(groups, -1)
         return replace(self, powers=powers.reshape(-1), gains=self.gains + other.gains)
 
+    def thinned(self, every: int) -> WeightNoise:
+        """The noise with one output in `every` of each group, which stands for the others."""
+        groups = len(self.largest)
+        outputs = self.outputs.reshape(groups, -1)[:, ::every].reshape(-1)
+        gains = every * self.gains.reshape(groups, -1)[:, ::every].reshape(-1)
+        return replace(self, outputs=outputs, largest=self.largest[:, ::every], gains=gains)
+
     def classes(self) -> Classes:
         """The classes on whose scales the noise depends: outputs only where one scale is for all of them."""
         return np.concatenate([self.inputs, self.outputs]) if self.whole else self.inputs
@@ -233,14 +240,9 @@ def _add_weight_noise(
     if not whole and own.weight.shape[2] == 1:
         return None  # a depthwise layer's rounding is relative to each channel, whatever its scale
     largest = np.abs(own.weight).max(axis=3)
-    outputs = ends.outputs.reshape(groups, -1)
-    every = -(-largest.size // most)
-    if every > 1:  # some of the outputs stand for all
-        largest, outputs, gains = largest[:, ::every], outputs[:, ::every], gains[:, ::every] * every
     levels = max((layer.weight.qmax - layer.weight.qmin) / 2, 1.0)
-    classes = ends.inputs, np.ascontiguousarray(outputs).reshape(-1)
-    powers_met = kernel * powers[1]
-    return WeightNoise(*classes, largest, powers_met, gains.reshape(-1).copy(), levels, whole)
+    found = WeightNoise(ends.inputs, ends.outputs, largest, kernel * powers[1], gains.reshape(-1), levels, whole)
+    return found.thinned(-(-largest.size // most))
 
 
 def _make_activation_noise(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qconv.passes.noise_model import total_noise
+from qconv.passes.noise_model import WeightNoise, total_noise
 from tests.support.noise_terms import codes, weights
 
 
@@ -34,3 +34,14 @@ def test_noise_adds_up() -> None:
     terms = [codes([4.0, 1.0], [1.0, 3.0]), weights([[2.0, 1.0], [1.0, 1.0]], [1.0, 4.0])]
     u = np.array([0.1, -0.2, 0.0, 0.0])
     assert total_noise(terms, u) == pytest.approx(sum(term.noise(u) for term in terms))
+
+
+def test_some_outputs_stand_for_all_by_hand() -> None:
+    """Of two groups of four outputs the first and the third each, counted twice."""
+    largest = np.arange(1.0, 17.0).reshape(2, 4, 2)
+    term = WeightNoise(np.arange(4), np.arange(4, 12), largest, np.ones(4), np.arange(1.0, 9.0), 127.0, False)
+    few = term.thinned(2)
+    assert few.outputs.tolist() == [4, 6, 8, 10]
+    assert few.gains.tolist() == [2, 6, 10, 14]
+    rows, powers = np.array([2.0, 6.0, 10.0, 14.0]), 2.0
+    assert few.noise(np.zeros(12)) == pytest.approx((few.gains * rows**2 * powers).sum() / (12 * 127**2))
