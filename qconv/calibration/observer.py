@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from qconv.calibration.sketch import (
     SketchBuilder,
     SketchContents,
     TensorView,
+    pick_columns,
     sampling_stride,
     upper_halves,
 )
@@ -96,10 +97,12 @@ class Observer:
         if not seen[0].size:
             return self._view_of_nothing(seen[0].shape)
         if self.pooled:
-            highs, means, *sample = (np.moveaxis(array, 1, 0).reshape(array.shape[1], -1) for array in seen)
-            return TensorView(
-                np.zeros_like(highs[:, 0]), highs.max(axis=1), means.mean(axis=1), 1, *(sample or [NO_COLUMNS])
-            )
+            highs, means, *sample = (_rows_of_channels(array) for array in seen)
+            if highs.shape[1] == 1:  # one image; buffers are overwritten
+                high, mean = highs[:, 0].copy(), means[:, 0].copy()
+            else:
+                high, mean = highs.max(axis=1), means.mean(axis=1)
+            return TensorView(np.zeros_like(high), high, mean, 1, *(sample or [NO_COLUMNS]))
         return self._view_of_all(seen[0])
 
     def _view_of_nothing(self, shape: Sequence[int]) -> TensorView:
@@ -111,13 +114,19 @@ class Observer:
     def _view_of_all(self, x: NDArray[Any]) -> TensorView:
         """The view of a whole tensor; rank 0 or 1 counts as one channel."""
         by_channel = x.ndim > 1 and self._by_channel
-        rows = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1) if by_channel else x.reshape(1, -1)
+        rows = _rows_of_channels(x) if by_channel else x.reshape(1, -1)
         highs = rows.max(axis=1)
         lows = np.zeros_like(highs) if self.never_negative else rows.min(axis=1)
         # einsum adds up twice as fast as sum, at 1e-5 of relative error
         sums = np.einsum("cx->c", rows) if self._sums else NO_COLUMNS.reshape(-1)
         sample = rows[:, :: sampling_stride(rows.size, rows.shape[1])] if self._samples else NO_COLUMNS
         return TensorView(_as_float32(lows), _as_float32(highs), _as_float32(sums), rows.shape[1], sample)
+
+
+def _rows_of_channels(x: NDArray[Any]) -> NDArray[Any]:
+    """(N, C, ...) as (C, N * ...)."""
+    alone = len(x) == 1  # no axis to move, which takes longer than what is done with most tensors
+    return x.reshape(x.shape[1], -1) if alone else np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
 
 
 def _as_float32(x: NDArray[Any]) -> NDArray[np.float32]:
@@ -331,16 +340,77 @@ class ChannelRanges:
         return replace(self, low=low, high=high, highest=highest, floor=floor, mean=mean)
 
 
-def estimate_channel_ranges(pictures: Iterable[Mapping[str, Sketch]]) -> dict[str, ChannelRanges]:
-    """Channel ranges by tensor, from sketches of single images. Leaves out tensors whose channels vary in number."""
-    kept: dict[str, list[Sketch]] = {}
-    for sketches in pictures:
-        for name, sketch in sketches.items():
-            kept.setdefault(name, []).append(sketch)
-    return {name: _ranges_of_sketches(found) for name, found in kept.items() if len({s.lows.size for s in found}) == 1}
+class SeenChannels(Protocol):
+    """What one image shows of the channels of a tensor: a ChannelView, or a Sketch of that image alone."""
+
+    @property
+    def lows(self) -> NDArray[np.float32]:
+        """The least value of each channel, (C,)."""
+
+    @property
+    def highs(self) -> NDArray[np.float32]:
+        """The largest value of each channel, (C,)."""
+
+    @property
+    def means(self) -> Float64:
+        """The mean of each channel, (C,)."""
+
+    @property
+    def columns(self) -> NDArray[np.float32]:
+        """All channels at a few places, (..., C); none where none were asked for."""
 
 
-def _ranges_of_sketches(found: Sequence[Sketch]) -> ChannelRanges:
+@dataclass(frozen=True, slots=True)
+class ChannelView:
+    """See SeenChannels: what a sketch has of channels, without what lets sketches add up, which takes far longer."""
+
+    lows: NDArray[np.float32]
+    highs: NDArray[np.float32]
+    means: Float64
+    columns: NDArray[np.float32]
+
+
+def view_channels(
+    session: Session, observers: Iterable[Observer], batches: Iterable[Mapping[str, NDArray[Any]]]
+) -> Iterator[dict[str, ChannelView]]:
+    """Yield what each image shows of the channels of the observed tensors, all of which want CHANNELS.
+
+    Raises QconvError where a tensor holds NaN or infinity.
+    """
+    observers = list(observers)
+
+    def take(picture: Mapping[str, NDArray[Any]]) -> dict[str, ChannelView]:
+        return _view_channels(observers, picture)
+
+    yield from _map_images(take, session, observers, batches)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # infinite values are refused
+def _view_channels(observers: list[Observer], picture: Mapping[str, NDArray[Any]]) -> dict[str, ChannelView]:
+    found = {}
+    for observer in observers:
+        view = observer.view([picture[name] for name in observer.outputs])
+        columns = pick_columns(view.sample) if SketchContents.COLUMNS in observer.want else NO_COLUMNS
+        means = view.sums.astype(np.float64) / max(view.count, 1)
+        found[observer.name] = ChannelView(view.lows, view.highs, means, columns)
+    # all tensors at once, as above; a mean tells of NaN that a maximum pool has swallowed
+    numbers = [x for view in found.values() for x in (view.lows, view.highs, view.means)]
+    if not np.isfinite(np.concatenate(numbers)).all():
+        bad = next(index for index, x in enumerate(numbers) if not np.isfinite(x).all())
+        raise _not_finite_error(observers[bad // 3].name)
+    return found
+
+
+def estimate_channel_ranges(pictures: Iterable[Mapping[str, SeenChannels]]) -> dict[str, ChannelRanges]:
+    """Channel ranges by tensor, from what single images show. Leaves out tensors whose channels vary in number."""
+    kept: dict[str, list[SeenChannels]] = {}
+    for views in pictures:
+        for name, view in views.items():
+            kept.setdefault(name, []).append(view)
+    return {name: _estimate_ranges(found) for name, found in kept.items() if len({s.lows.size for s in found}) == 1}
+
+
+def _estimate_ranges(found: Sequence[SeenChannels]) -> ChannelRanges:
     lows, highs = (np.stack(ends).astype(np.float64) for ends in zip(*((s.lows, s.highs) for s in found), strict=True))
     low, high = lows.min(axis=0), highs.max(axis=0)
     lowest, highest, floor = -extrapolate_tail(-lows), extrapolate_tail(highs), high - extrapolate_tail(high - lows)

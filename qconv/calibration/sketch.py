@@ -21,7 +21,7 @@ import sys
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -276,7 +276,7 @@ class SketchBuilder:
         if self._bins:
             self._halves.append(upper_halves(view.sample) if halves is None else halves)
         if self._wants_columns and self._is_among_the_least(key):
-            self._columns.append(_pick_columns(view.sample))
+            self._columns.append(pick_columns(view.sample))
             self._column_keys.append(key)
         self._views.append(TensorView(view.lows, view.highs, view.sums, view.count, NO_COLUMNS))
         if len(self._views) >= PENDING_PICTURES:
@@ -403,11 +403,15 @@ def columns_per_image(channels: int) -> int:
     return max(1, COLUMN_ELEMENTS // (MOST_COLUMNS * channels))
 
 
-def _pick_columns(sample: NDArray[np.float32]) -> NDArray[np.float32]:
+def pick_columns(sample: NDArray[np.float32]) -> NDArray[np.float32]:
     """Columns of a sample: (C, X) -> (places, C), evenly spread, repeated where X is smaller."""
-    channels, length = sample.shape
+    return sample[:, _places_of_columns(*sample.shape)].T.copy()
+
+
+@cache
+def _places_of_columns(channels: int, length: int) -> NDArray[np.int64]:
     count = columns_per_image(channels)
-    return sample[:, (np.arange(count) * 2 + 1) * length // (2 * count)].T.copy()
+    return (np.arange(count) * 2 + 1) * length // (2 * count)
 
 
 # -- pictures in the order of their keys -------------------------------------------------------------------------------

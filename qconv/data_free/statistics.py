@@ -21,8 +21,8 @@ from qconv.calibration.observer import (
     Observer,
     estimate_channel_ranges,
     observe,
-    observe_each_image,
     open_observed_session,
+    view_channels,
 )
 from qconv.calibration.sketch import MOST_COLUMNS, ExactSum, Sketch, columns_per_image, count_bins
 from qconv.config.choices import NO_IMAGES
@@ -176,7 +176,7 @@ class DataFreeStatistics:
             else []
         )
         if missing:
-            seen = observe_each_image(
+            seen = view_channels(
                 open_observed_session(model, missing, self.threads), missing, self.pictures("equalize")
             )
             told_of |= estimate_channel_ranges(seen)

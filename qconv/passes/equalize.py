@@ -25,8 +25,8 @@ from qconv.calibration.observer import (
     ChannelRanges,
     Observer,
     estimate_channel_ranges,
-    observe_each_image,
     open_observed_session,
+    view_channels,
 )
 from qconv.calibration.sketch import SketchContents
 from qconv.data.loader import DataLoader
@@ -54,13 +54,13 @@ from qconv.passes.absorb_biases import (
     select_gaining,
 )
 from qconv.passes.balance import find_far_channels
+from qconv.passes.merge_layers import share_equal_weights
+from qconv.passes.noise_descent import EVALUATIONS, ORDERS, minimize_noise
 from qconv.passes.noise_model import (
-    DESCENT_STEPS,
     MOST_WEIGHTS,
     ChannelObservations,
     NoiseTerm,
     collect_noise_terms,
-    minimize_noise,
     total_noise,
 )
 from qconv.passes.scale_groups import (
@@ -70,7 +70,6 @@ from qconv.passes.scale_groups import (
     ScaleGroups,
     find_scale_groups,
 )
-from qconv.passes.share_weights import share_equal_weights
 from qconv.planning.plan import Plan, plan_observer
 from qconv.planning.work import (
     EQUALIZATION_SHARE,
@@ -112,7 +111,7 @@ def equalize_channels(
 
     def watch(seen: Sequence[Observer], batches: int | None = most) -> dict[str, ChannelRanges]:
         session = open_observed_session(model, seen, threads)
-        return estimate_channel_ranges(observe_each_image(session, seen, islice(feed.iter_batches(STEP), batches)))
+        return estimate_channel_ranges(view_channels(session, seen, islice(feed.iter_batches(STEP), batches)))
 
     if most is None:
         return run.equalize(observers, watch)
@@ -255,7 +254,7 @@ def _bound_descent(plan: Plan, groups: ScaleGroups, feed: DataLoader) -> tuple[i
         if not fixed.get(layer.node, True)
     }
     work = quantization_work((layer.node for layer in plan.layers), len(feed.listing.paths))
-    budget = EQUALIZATION_SHARE * work / (STEP_WORK * DESCENT_STEPS)
+    budget = EQUALIZATION_SHARE * work / (STEP_WORK * EVALUATIONS * len(ORDERS))
     most = min(MOST_WEIGHTS, largest_within([min(size, MOST_WEIGHTS) for size in sizes.values()], budget))
     cut = [node.name or "" for node, size in sizes.items() if most < min(size, MOST_WEIGHTS)]
     if not cut:

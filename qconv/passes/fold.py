@@ -60,8 +60,7 @@ from qconv.passes import shuffles, simplify, slopes
 from qconv.passes.fast_spellings import FAST_SPELLINGS
 from qconv.passes.fold_columns import fold_into_columns
 from qconv.passes.merge_branches import merge_branches
-from qconv.passes.merge_layers import average_first, merge_layers
-from qconv.passes.share_weights import share_equal_weights
+from qconv.passes.merge_layers import average_first, merge_layers, share_equal_weights
 
 
 def find_layer_before(model: Model, value: Value) -> Layer | None:

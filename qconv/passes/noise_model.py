@@ -1,4 +1,4 @@
-"""The noise model predicts quantization noise as a function of channel scales s, and finds the scales that minimize it.
+"""The noise model predicts quantization noise as a function of channel scales s; `noise_descent` finds the least.
 
     activations step_x^2 * sum over c of g_c s_c^2                              step_x = max of range_c / s_c, in codes
     weights     sum over o of g_o step_o^2 * sum over i of v_i / s_i^2          step_o = max over i of |W_oi| s_i
@@ -14,18 +14,12 @@ counts as a share of the signal y that the next layer adds to, which is its own 
 alone reads it. Inside a residual branch it counts by the branch's `share` in the stream. v_i is the power of a weight's
 input; a channel's mean counts little (MEAN_WEIGHT), as bias correction removes its effect. Next to layers rounded
 singly in real networks g is right to a factor of a few.
-
-All terms are posynomials, convex in log s, so that there is one minimum (Boyd et al. 2007, A Tutorial on Geometric
-Programming). Maxima are smoothed to norms of order NORM_ORDER, and the logarithm of the sum, whose slopes stay large
-where noise has become small, is descended with Adam (Kingma and Ba 2014, arXiv 1412.6980) projected on the bounds. The
-result is judged with the maxima.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,32 +34,7 @@ from qconv.quantizer import PerTensor
 
 Classes = NDArray[np.int64]
 
-NORM_ORDER = 32
-
-DESCENT_STEPS = 150
-
-FIRST_RATE, LAST_RATE = 0.15, 0.003
-
-DECAY, DECAY_OF_SQUARES = 0.9, 0.97
-
 TINY = 1e-300
-
-FLAT_SLOPE = 1e-4
-"""Share of a term's mean slope below which a slope counts as zero: Adam would follow it as far as any other, and the
-noise model is no more accurate than that."""
-
-
-class NoiseTerm(Protocol):
-    """One source of noise. u: log s of every class."""
-
-    def noise(self, u: Float64) -> float:
-        """The noise, with exact maxima."""
-
-    def slope(self, u: Float64, into: Float64) -> float:
-        """The noise with smoothed maxima; its derivative is added to `into`, (classes,)."""
-
-    def classes(self) -> Classes:
-        """The classes on whose scales the noise depends."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,26 +54,14 @@ class ActivationNoise:
     levels: float
 
     def classes(self) -> Classes:
-        """See NoiseTerm."""
+        """The classes on whose scales the noise depends."""
         return self.channels
 
     def noise(self, u: Float64) -> float:
-        """See NoiseTerm."""
+        """The noise with log s of every class, (classes,)."""
         s = np.exp(u[self.channels])
         width = float((self.highs / s).max(initial=0.0) - (self.lows / s).min(initial=0.0))
         return float(width**2 / (12 * self.levels**2) * (self.gains @ s**2))
-
-    def slope(self, u: Float64, into: Float64) -> float:
-        """See NoiseTerm."""
-        s = np.exp(u[self.channels])
-        high, of_high = _smooth_maximum(self.highs / s)
-        low, of_low = _smooth_maximum(-self.lows / s)
-        worth = self.gains * s**2
-        width = high + low
-        found = 2 * width**2 * worth - 2 * width * worth.sum() * (high * of_high + low * of_low)
-        scale = 1 / (12 * self.levels**2)
-        np.add.at(into, self.channels, found * scale)
-        return float(width**2 * worth.sum() * scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,32 +75,11 @@ class WeightNoise:
 
     inputs: Classes
     outputs: Classes
-    largest: Float64
+    largest: NDArray[np.floating]
     powers: Float64
     gains: Float64
     levels: float
     whole: bool
-    _rows: Float64  # (G, O/G), the largest of each output
-    _raised: Float64  # (largest / its output's)^NORM_ORDER
-
-    @classmethod
-    def of(
-        cls,
-        inputs: Classes,
-        outputs: Classes,
-        largest: Float64,
-        powers: Float64,
-        gains: Float64,
-        *,
-        levels: float,
-        whole: bool,
-    ) -> WeightNoise:
-        """The term, with what does not depend on scales computed once."""
-        rows = largest.max(axis=2)
-        raised = largest / np.maximum(rows, TINY)[:, :, None]
-        for _ in range(NORM_ORDER.bit_length() - 1):
-            np.square(raised, out=raised)
-        return cls(inputs, outputs, largest, powers, gains, levels, whole, rows, raised)
 
     def joined(self, other: WeightNoise) -> WeightNoise:
         """The noise in two layers that share these weights and classes, each power counted by its layer's gains."""
@@ -153,97 +89,38 @@ class WeightNoise:
         powers = share * self.powers.reshape(groups, -1) + (1 - share) * other.powers.reshape(groups, -1)
         return replace(self, powers=powers.reshape(-1), gains=self.gains + other.gains)
 
+    def thinned(self, every: int) -> WeightNoise:
+        """The noise with one output in `every` of each group, which stands for the others."""
+        groups = len(self.largest)
+        outputs = self.outputs.reshape(groups, -1)[:, ::every].reshape(-1)
+        gains = every * self.gains.reshape(groups, -1)[:, ::every].reshape(-1)
+        return replace(self, outputs=outputs, largest=self.largest[:, ::every], gains=gains)
+
     def classes(self) -> Classes:
-        """See NoiseTerm. Outputs count only where one scale is for all of them."""
+        """The classes on whose scales the noise depends: outputs only where one scale is for all of them."""
         return np.concatenate([self.inputs, self.outputs]) if self.whole else self.inputs
 
     def noise(self, u: Float64) -> float:
-        """See NoiseTerm."""
-        groups, gains, powers = self._at(u)
-        s = np.exp(u[self.inputs]).reshape(groups, 1, -1)
-        rows = (self.largest * s).max(axis=2)  # (G, O/G)
+        """The noise with log s of every class, (classes,)."""
+        groups = len(self.largest)
+        gains, s = (x.reshape(groups, -1) for x in (self.gains, np.exp(u[self.inputs])))
+        power = (self.powers.reshape(groups, -1) / s**2).sum(axis=1)
+        rows = (self.largest * s[:, None]).max(axis=2)  # (G, O/G)
         if self.whole:
             out = np.exp(u[self.outputs]).reshape(groups, -1)
-            found = float((rows / out).max()) ** 2 * float((gains * out**2).sum(axis=1) @ powers.sum(axis=1))
+            found = float((rows / out).max()) ** 2 * float((gains * out**2).sum(axis=1) @ power)
         else:
-            found = float((gains * rows**2).sum(axis=1) @ powers.sum(axis=1))
+            found = float((gains * rows**2).sum(axis=1) @ power)
         return found / (12 * self.levels**2)
 
-    def slope(self, u: Float64, into: Float64) -> float:
-        """See NoiseTerm."""
-        groups, gains, powers = self._at(u)
-        top = u[self.inputs].reshape(groups, -1)
-        most = top.max(axis=1, keepdims=True)
-        high = np.exp(NORM_ORDER * (top - most))  # (G, I/G), at most 1
-        sums = np.matmul(self._raised, high[:, :, None])[:, :, 0]  # (G, O/G)
-        np.maximum(sums, TINY, out=sums)
-        rows = self._rows * np.exp(most) * sums ** (1 / NORM_ORDER)
-        power = powers.sum(axis=1, keepdims=True)  # (G, 1)
-        scale = 1 / (12 * self.levels**2)
-        if self.whole:
-            out = np.exp(u[self.outputs]).reshape(groups, -1)
-            worth = gains * out**2
-            step, shares = _smooth_maximum(rows / out)
-            total = step**2 * float(worth.sum(axis=1) @ power[:, 0])
-            of_rows = total * shares  # d(total) / d(log rows), halved
-            meet = step**2 * worth.sum(axis=1, keepdims=True)
-            np.add.at(into, self.outputs, 2 * scale * (step**2 * worth * power - of_rows).reshape(-1))
-        else:
-            of_rows = gains * rows**2 * power
-            meet = (gains * rows**2).sum(axis=1, keepdims=True)
-        pulled = np.matmul((of_rows / sums)[:, None, :], self._raised)[:, 0] * high
-        np.add.at(into, self.inputs, 2 * scale * (pulled - meet * powers).reshape(-1))
-        return float((meet * powers).sum() * scale)
 
-    def _at(self, u: Float64) -> tuple[int, Float64, Float64]:
-        groups = len(self.largest)
-        powers = (self.powers * np.exp(-2 * u[self.inputs])).reshape(groups, -1)
-        return groups, self.gains.reshape(groups, -1), powers
-
-
-def _smooth_maximum(x: Float64) -> tuple[float, Float64]:
-    """The norm of order NORM_ORDER of numbers x >= 0, and the share of each, d log(norm) / d log(x)."""
-    most = float(x.max(initial=0.0))
-    if most == 0:
-        return 0.0, np.zeros_like(x)
-    raised = (x / most) ** NORM_ORDER
-    total = float(raised.sum())
-    return most * total ** (1 / NORM_ORDER), raised / total
+NoiseTerm = ActivationNoise | WeightNoise
+"""One source of noise."""
 
 
 def total_noise(terms: Sequence[NoiseTerm], u: Float64) -> float:
     """The noise of all terms."""
     return sum(term.noise(u) for term in terms)
-
-
-def minimize_noise(
-    terms: Sequence[NoiseTerm], lowest: Float64, highest: Float64, steps: int = DESCENT_STEPS
-) -> Float64:
-    """Search log s (classes,) between the bounds with about the least noise; zeros where no scale gains.
-
-    lowest <= 0 <= highest: equal where a class is fixed.
-    """
-    u = np.zeros_like(lowest)
-    floor = FLAT_SLOPE / max(1, len(terms))
-    mean, squares = np.zeros_like(u), np.zeros_like(u)
-    # what cannot be scaled: a dense layer behind an operator that stops scales has most of all weights
-    held = {
-        index: term.slope(u, np.zeros_like(u))
-        for index, term in enumerate(terms)
-        if not np.any(lowest[term.classes()] < highest[term.classes()])
-    }
-    if len(held) == len(terms):
-        return u
-    for step in range(steps):
-        slope = np.zeros_like(u)
-        noise = sum(held[index] if index in held else term.slope(u, slope) for index, term in enumerate(terms))
-        slope /= noise + TINY
-        mean += (1 - DECAY) * (slope - mean)
-        squares += (1 - DECAY_OF_SQUARES) * (slope**2 - squares)
-        rate = FIRST_RATE * (LAST_RATE / FIRST_RATE) ** (step / max(1, steps - 1))
-        moved = mean / (1 - DECAY ** (step + 1)) / (np.sqrt(squares / (1 - DECAY_OF_SQUARES ** (step + 1))) + floor)
-        u = np.clip(u - rate * moved, lowest, highest)
-    return u if total_noise(terms, u) < total_noise(terms, np.zeros_like(u)) else np.zeros_like(u)
 
 
 MEAN_WEIGHT = 0.1
@@ -362,15 +239,10 @@ def _add_weight_noise(
     whole = isinstance(layer.weight.granularity, PerTensor)
     if not whole and own.weight.shape[2] == 1:
         return None  # a depthwise layer's rounding is relative to each channel, whatever its scale
-    largest = np.abs(own.weight).max(axis=3).astype(np.float64)
-    outputs = ends.outputs.reshape(groups, -1)
-    every = -(-largest.size // most)
-    if every > 1:  # some of the outputs stand for all
-        largest, outputs, gains = largest[:, ::every], outputs[:, ::every], gains[:, ::every] * every
+    largest = np.abs(own.weight).max(axis=3)
     levels = max((layer.weight.qmax - layer.weight.qmin) / 2, 1.0)
-    classes = ends.inputs, np.ascontiguousarray(outputs).reshape(-1)
-    powers_met = kernel * powers[1]
-    return WeightNoise.of(*classes, largest, powers_met, gains.reshape(-1).copy(), levels=levels, whole=whole)
+    found = WeightNoise(ends.inputs, ends.outputs, largest, kernel * powers[1], gains.reshape(-1), levels, whole)
+    return found.thinned(-(-largest.size // most))
 
 
 def _make_activation_noise(

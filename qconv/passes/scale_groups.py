@@ -42,7 +42,6 @@ from qconv.ir.rewriting import (
     standard_op_type,
     uses_only_first_output,
 )
-from qconv.planning.plan import DisjointSets
 
 Classes = NDArray[np.int64]
 NETWORK_BOUNDARY = "the network's own input or output"
@@ -110,36 +109,60 @@ def find_scale_groups(model: Model) -> ScaleGroups:
 
 
 class _DisjointClasses:
-    """Disjoint sets of numbers, which are classes, some of them fixed. why: the reason, by the root of the set."""
+    """Disjoint sets of numbers, which are classes, some of them fixed; the least number of a set stands for it.
+
+    Whole arrays are joined at a time. whys: reasons to fix sets, from 1 on; 0 says that a set is free.
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        self.why: dict[int, str] = {}
-        self._sets: DisjointSets[int] = DisjointSets()
+        self.whys: list[str] = [""]
+        self._parents = np.arange(0)
+        self._why = np.zeros(0, np.int64)  # of each root
 
     def make_sets(self, count: int) -> Classes:
         """Add as many classes."""
-        self.count += count
-        return np.arange(self.count - count, self.count)
+        start, self.count = self.count, self.count + count
+        if self.count > self._parents.size:
+            more = max(self.count, 2 * self._parents.size)
+            self._parents = np.concatenate([self._parents, np.arange(self._parents.size, more)])
+            self._why = np.concatenate([self._why, np.zeros(more - self._why.size, np.int64)])
+        return np.arange(start, self.count)
 
-    def root(self, one: int) -> int:
-        return self._sets.root(one)
+    def roots(self, these: Classes) -> Classes:
+        """The class that stands for the set of each."""
+        found = self._parents[these]
+        while np.any((above := self._parents[found]) != found):
+            self._parents[found] = self._parents[above]  # halves the way for all that are on it
+            found = above
+        self._parents[these] = found
+        return found
 
     def union(self, these: Classes, those: Classes) -> None:
-        """Join each class of `these` with the class at its place in `those`."""
-        for one, other in zip(*(c.tolist() for c in np.broadcast_arrays(these, those)), strict=True):
-            a, b = self.root(one), self.root(other)
-            if a != b:
-                self._sets.union(a, b)
-                if b in self.why:
-                    self.why.setdefault(a, self.why[b])
+        """Join each class of `these` with the class at its place in `those`. Reasons of `these` come first."""
+        a, b = np.broadcast_arrays(self.roots(these), self.roots(those))
+        why = np.where(self._why[a] > 0, self._why[a], self._why[b])
+        one, other = a, b
+        while np.any(apart := one != other):
+            one, other = one[apart], other[apart]
+            np.minimum.at(self._parents, np.maximum(one, other), np.minimum(one, other))
+            one, other = self.roots(one), self.roots(other)
+        held = np.flatnonzero(why)[::-1]  # of several reasons of a set the first is written last
+        self._why[self.roots(a[held])] = why[held]
 
     def fix(self, these: Classes, why: str) -> None:
-        for one in these.tolist():
-            self.why.setdefault(self.root(one), why)
+        """Fix the sets of these classes; one that is fixed keeps its reason."""
+        roots = self.roots(these)
+        if why not in self.whys:
+            self.whys.append(why)
+        self._why[roots[self._why[roots] == 0]] = self.whys.index(why)
 
     def are_fixed(self, these: Classes) -> bool:
-        return all(self.root(one) in self.why for one in these.tolist())
+        return bool(self._why[self.roots(these)].all())
+
+    def why_fixed(self, these: Classes) -> Classes:
+        """The numbers of the reasons of these classes."""
+        return self._why[self.roots(these)]
 
 
 class _ScaleGroupFinder:
@@ -178,18 +201,16 @@ class _ScaleGroupFinder:
             outside = any(use.node.graph is not self.model.graph for use in value.uses())
             if value.is_graph_output() or outside:
                 self.classes.fix(classes, NETWORK_BOUNDARY)
-        roots = np.array([self.classes.root(one) for one in range(self.classes.count)], np.int64)
-        unique, number = np.unique(roots, return_inverse=True)
-        fixed = np.array([int(root) in self.classes.why for root in unique], bool)
+        unique, number = np.unique(self.classes.roots(np.arange(self.classes.count)), return_inverse=True)
+        why = self.classes.why_fixed(unique)
         of = {value: number[classes] for value, classes in self.of.items()}
         layers = [LayerScaleGroups(ends.node, number[ends.inputs], number[ends.outputs]) for ends in self.layers]
         constants = [replace(found, classes=number[found.classes]) for found in self.constants]
         component = _number_joined_classes(of, len(unique))
         reasons: dict[int, str] = {}
-        for one, root in enumerate(unique.tolist()):
-            if fixed[one]:
-                reasons.setdefault(int(component[one]), self.classes.why[root])
-        return ScaleGroups(of, fixed, component, reasons, layers, constants, self.limits)
+        for one in np.flatnonzero(why).tolist():
+            reasons.setdefault(int(component[one]), self.classes.whys[why[one]])
+        return ScaleGroups(of, why > 0, component, reasons, layers, constants, self.limits)
 
     # -- what operators do -----------------------------------------------------------------------------------------
 
@@ -379,7 +400,7 @@ def _number_joined_classes(of: dict[Value, Classes], count: int) -> NDArray[np.i
     joined.make_sets(count)
     for classes in of.values():
         joined.union(classes[:1], classes)
-    return np.unique([joined.root(one) for one in range(count)], return_inverse=True)[1].astype(np.int64)
+    return np.unique(joined.roots(np.arange(count)), return_inverse=True)[1].astype(np.int64)
 
 
 _Visitor = Callable[[_ScaleGroupFinder, Node], None]

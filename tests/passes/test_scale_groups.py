@@ -9,7 +9,8 @@ import pytest
 from qconv.ir.model import Model
 from qconv.passes.equalize import apply_scales
 from qconv.passes.fold import run_float_passes
-from qconv.passes.scale_groups import ScaleGroups, find_scale_groups
+from qconv.passes.scale_groups import ScaleGroups, _DisjointClasses, find_scale_groups
+from qconv.planning.plan import DisjointSets
 from tests.support.models import ints, loaded, network, random_feeds, run
 
 FOUR = {"w": (4, 3, 1, 1), "b": (4,), "u": (2, 4, 1, 1)}
@@ -233,3 +234,40 @@ def test_a_tensor_that_a_body_reads_stays() -> None:
     proto.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [2, 4, 6, 6]))
     groups = find_scale_groups(loaded(proto))
     assert all(groups.fixed[classes].all() for value, classes in groups.of.items() if value.name == "r")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whole_arrays_are_joined_like_one_class_after_the_other(seed: int) -> None:
+    """Against plain union-find: pairs, stars and chains, with classes fixed and added in between."""
+    rng = np.random.default_rng(seed)
+    arrays, plain, fixed = _DisjointClasses(), DisjointSets[int](), set[int]()
+    for step in range(12):
+        arrays.make_sets(int(rng.integers(1, 12)))
+        size = int(rng.integers(1, 8))
+        these, those = rng.integers(0, arrays.count, (2, size))
+        if step % 3 == 0:
+            these = these[:1]
+        elif step % 3 == 1:
+            these = np.minimum(those + 1, arrays.count - 1)
+        arrays.union(these, those)
+        for one, other in zip(np.broadcast_to(these, those.shape).tolist(), those.tolist(), strict=True):
+            plain.union(one, other)
+        if step % 4 == 0:
+            arrays.fix(those[:1], f"why {step}")
+            fixed.add(int(those[0]))
+    every = np.arange(arrays.count)
+    expected = np.array([plain.root(one) for one in every.tolist()])
+    roots = arrays.roots(every)
+    np.testing.assert_array_equal(roots, [every[expected == root].min() for root in expected])
+    held = [bool(fixed & set(every[expected == root].tolist())) for root in expected]
+    np.testing.assert_array_equal(arrays.why_fixed(every) > 0, held)
+
+
+def test_the_first_reason_of_a_set_stays() -> None:
+    classes = _DisjointClasses()
+    classes.make_sets(4)
+    classes.fix(np.array([1]), "one")
+    classes.fix(np.array([2]), "two")
+    classes.fix(np.array([1]), "later")
+    classes.union(np.array([2, 0]), np.array([1, 3]))  # the reason of what is joined to comes first
+    assert [classes.whys[why] for why in classes.why_fixed(np.arange(4))] == ["", "two", "two", ""]

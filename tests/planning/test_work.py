@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qconv.errors import Skipped
-from qconv.passes import noise_model
+from qconv.passes import noise_descent, noise_model
 from qconv.planning import work
 from qconv.results.quantize import Report
 from tests.support.models import ints, loaded, network
@@ -87,17 +87,20 @@ class Counter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.evaluated = 0
-        for name in ("noise", "slope"):
-            self._watch(monkeypatch, name)
+        self.descended: set[int] = set()
+        exact, smooth = noise_model.WeightNoise.noise, noise_descent._SmoothWeights.at
 
-    def _watch(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        plain = getattr(noise_model.WeightNoise, name)
-
-        def counted(term, *args):
+        def counted_exact(term, u):
             self.evaluated += term.largest.size
-            return plain(term, *args)
+            return exact(term, u)
 
-        monkeypatch.setattr(noise_model.WeightNoise, name, counted)
+        def counted_smooth(part, u):
+            self.evaluated += sum(matrix.size for matrix in part.raised)
+            self.descended |= {matrix.size for matrix in part.raised}
+            return smooth(part, u)
+
+        monkeypatch.setattr(noise_model.WeightNoise, "noise", counted_exact)
+        monkeypatch.setattr(noise_descent._SmoothWeights, "at", counted_smooth)
 
 
 @pytest.mark.parametrize("seed", range(GRAPHS))
@@ -110,26 +113,19 @@ def test_noise_is_evaluated_a_fixed_number_of_times(
     weights = sum(np.prod(tensor.dims) for tensor in proto.graph.initializer)
     counter = Counter(monkeypatch)
     quantize_saved(proto, samples, tmp_path / "model.onnx", rounding="nearest", tune_ranges=False)
-    assert counter.evaluated <= weights * (noise_model.DESCENT_STEPS + 20)
+    assert counter.evaluated <= weights * (noise_descent.EVALUATIONS * len(noise_descent.ORDERS) + 20)
 
 
-def test_what_cannot_be_scaled_is_evaluated_once(samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_scaled_is_not_descended(samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a Transpose no input of a dense layer can be scaled: its noise is one number."""
     rng = np.random.default_rng(0)
     behind = "t = Transpose<perm=[0,2,3,1]>(r) f = Flatten(t) y = Gemm(f, v)"
     body = f"a = Conv<{SAME}>(x, w) q = Relu(a) b = Conv<{SAME}>(q, u) r = Relu(b) {behind}"
     weights = {"w": scaled(rng, 8, 3, 3, 3), "u": scaled(rng, 8, 8, 3, 3), "v": scaled(rng, 144 * 8, 64)}
     proto = network(body, ("N", 3, 12, 12), **weights)
-    sizes: list[int] = []
-    plain = noise_model.WeightNoise.slope
-
-    def counted(term, u, into):
-        sizes.append(term.largest.size)
-        return plain(term, u, into)
-
-    monkeypatch.setattr(noise_model.WeightNoise, "slope", counted)
+    counter = Counter(monkeypatch)
     quantize_saved(proto, samples, tmp_path / "model.onnx", rounding="nearest", tune_ranges=False)
-    assert sizes.count(144 * 8 * 64) == 1
+    assert counter.descended == {8 * 8}  # not the dense layer's 144 * 8 * 64
 
 
 @pytest.mark.parametrize(
