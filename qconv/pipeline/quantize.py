@@ -78,7 +78,7 @@ from qconv.search.output_gains import GainTrial
 from qconv.search.precision_choice import DivisionCurve, HoldsGates
 from qconv.search.tuned_ranges import tune_ranges
 
-EQUALIZATION_IMAGES = 64
+EQUALIZATION_IMAGES = 32
 """Pictures that channels are watched on, but for the best effort, which watches all."""
 
 

@@ -9,10 +9,10 @@ from qconv.calibration.observer import UNSEEN_FACTOR, extrapolate_tail
 
 
 def test_a_tail_by_hand() -> None:
-    """Of 24 pictures the three largest count, 4, 2 and 2: xi = (log 2 + log 1) / 2."""
-    channel = np.array([4.0, 2.0, 2.0] + [1.0] * 21)
-    far = np.array([100.0] + [90.0] * 23)
-    assert extrapolate_tail(np.stack([channel, far], axis=1))[0] == pytest.approx(4 * UNSEEN_FACTOR ** (np.log(2) / 2))
+    """Of 24 pictures the eight largest count, 4 and seven times 2: xi = (log 2 + 6 log 1) / 7."""
+    channel = np.array([4.0] + [2.0] * 7 + [1.0] * 16)
+    far = np.array([30.0] + [20.0] * 23)
+    assert extrapolate_tail(np.stack([channel, far], axis=1))[0] == pytest.approx(4 * UNSEEN_FACTOR ** (np.log(2) / 7))
 
 
 def test_a_pareto_tail_is_found() -> None:
