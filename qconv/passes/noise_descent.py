@@ -47,7 +47,7 @@ LARGEST_STEP = 1.5
 SETTLED = 1e-5
 """Least relative gain of a step; below it an order ends."""
 
-FLAT_CURVATURE = 1e-7
+FLAT_CURVATURE = 1e-3
 """Share of the noise that is added to curvatures: by less no class is told where to go."""
 
 SUFFICIENT_GAIN, SHORTER = 1e-4, 0.4

@@ -78,7 +78,7 @@ from qconv.search.output_gains import GainTrial
 from qconv.search.precision_choice import DivisionCurve, HoldsGates
 from qconv.search.tuned_ranges import tune_ranges
 
-EQUALIZATION_IMAGES = 32
+EQUALIZATION_IMAGES = 64
 """Pictures that channels are watched on, but for the best effort, which watches all."""
 
 
@@ -227,8 +227,7 @@ class _QuantizationRun:
             if moved:  # constants are others now
                 self.plan = replan(self.plan, model)
             plans = [self.plan, self._plan_without_floats()] if recipe.searches else [self.plan]
-            kept = self.saved if self.saved and not moved else None
-            self.sketches = kept or pictures.sketches(model, plans, recipe, self._make_listener())
+            self.sketches = (not moved and self.saved) or pictures.sketches(model, plans, recipe, self._make_listener())
             if pictures.data_free_statistics is not None:
                 self.findings += pictures.data_free_statistics.findings
             for oddity in find_odd_tensors(self.sketches, find_tensors_of_pictures(model)):
@@ -236,8 +235,8 @@ class _QuantizationRun:
 
     def _make_listener(self) -> Listener | None:
         """What hears the outputs by which the search for ranges picks pictures; None where there is no such search."""
-        names = [value.name or "" for value in find_judged_tensors(self.model)]
-        if not self.recipe.tune_ranges or self.pictures.feed is None or not names:
+        names = [value.name or "" for value in find_judged_tensors(self.model)] if self.recipe.tune_ranges else []
+        if self.pictures.feed is None or not names:
             return None
         self.heard = HeardOutputs(names, add_selected_parts(self._network.parts, self.model))
         return Listener(names, self.heard.hear)
@@ -290,7 +289,6 @@ class _QuantizationRun:
             fed, parts = pictures.model_preprocessing, self._network.parts
             step = partial(tune_ranges, heard=self.heard) if recipe.tune_ranges else divide_by_statistics
             tuned = step(folded, recipe, pictures.feed, fed, parts, self.reporter, self._gate_check)
-            self.heard = None
             self._take_over(tuned.folded)
             self.findings += tuned.findings
             self.precision, self.curve, self.gains = tuned.precision, tuned.curve, tuned.gains
