@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fix bench bench-accuracy bench-qat bench-tasks compat corpus fuzz kills lowest lowest-tenth clean
+.PHONY: help demo test lint fix bench bench-accuracy bench-cost bench-qat bench-tasks compat corpus fuzz kills lowest lowest-tenth clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ bench: $(STAMP) ## measure against ONNX Runtime's own quantizer; needs models an
 
 bench-accuracy: $(STAMP) ## measure accuracy at every bit-width, beside other tools and published numbers
 	$(BIN)/python -m tests.bench.bits $(ARGS)
+
+bench-cost: $(STAMP) ## measure what default runs cost in CPU time and memory; ARGS="--before TREE" for an earlier commit
+	$(BIN)/python -m tests.bench.conversions $(ARGS)
 
 bench-qat: $(STAMP) ## measure post-training quantization against training; needs qconv[torch]
 	$(BIN)/python -m tests.bench.qat $(ARGS)

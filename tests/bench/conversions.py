@@ -1,4 +1,4 @@
-"""What whole conversions cost: CPU seconds and peak memory, in turns with an earlier tree and with `quantize_static`.
+"""What whole conversions cost: CPU seconds and peak memory, in turns with an earlier commit and with `quantize_static`.
 
     python -m tests.bench.conversions [--before TREE] [--only NAME,...] [--rounds N] [--best] [--json FILE]
 
@@ -32,7 +32,7 @@ BEST = ("--effort", "best", "--weight-bits", "4")
 class Bar:
     """What a default run may take at most.
 
-    calibration: pictures. before, peer: CPU seconds, as shares of the tree before and of `quantize_static`.
+    calibration: pictures. before, peer: CPU seconds, as shares of the commit before and of `quantize_static`.
     """
 
     name: str
@@ -51,7 +51,7 @@ BARS = (
     Bar("light_vgg19", 16, 0.35, 1.5, 1600),
 )
 BEST_BEFORE = 0.4
-"""The share of CPU seconds of the tree before for BEST."""
+"""The share of CPU seconds of the commit before for BEST."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from tests.bench.cases import REPOSITORY
 OWN_SECONDS, TIMES_BARE = 1.5, 2.0
 OWN_MB, TIMES_BARE_RSS = 200.0, 1.5
 
+BYTECODE = Path(tempfile.gettempdir()) / "qconv-bench-bytecode"
+"""Where modules are compiled to, once, as an installation does."""
+
 Measured = dict[str, Any]
 
 
@@ -26,7 +30,8 @@ def spawn(command: Sequence[str], tree: Path = REPOSITORY) -> Measured:
     tree: whose `qconv` and `tests` the command imports.
     """
     launcher = [sys.executable, "-m", "tests.bench.spawn", *command]
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONPYCACHEPREFIX": str(BYTECODE)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(launcher, cwd=tree, capture_output=True, text=True, check=True, env=environment)
     return dict(json.loads(done.stdout))
 
