@@ -61,6 +61,7 @@ class DataLoader:
     reporter: Reporter
     _kept: list[Batch] = field(default_factory=list)
     _passes: int = 0
+    _read_to_the_end: bool = False
     pictures: int = 0
     lost: set[Path] = field(default_factory=set)
     raw: Layout | None = None
@@ -114,6 +115,7 @@ class DataLoader:
         self.raw = layout
         self._kept.clear()  # what a pass before has kept is what the float network takes
         self._passes = 0
+        self._read_to_the_end = False
         return self.preprocessing
 
     @property
@@ -196,9 +198,11 @@ class DataLoader:
             if first_pass:
                 self._keep(feeds)
             self.pictures = max(self.pictures, done + count)
+            self._read_to_the_end |= first_pass and done + count >= total  # nobody may ask for what is behind
             yield feeds
             done += count
             self.reporter.progress(stage, min(done, total), total)
+        self._read_to_the_end |= first_pass
 
     def iter_paths(self) -> Iterator[Path]:
         """Yield the images of a pass that is under way, in its order: asked for one behind it, those that are lost."""
@@ -217,7 +221,9 @@ class DataLoader:
 
     def iter_cached(self, stage: str) -> Iterator[Batch]:
         """Yield the first images, at most KEPT_IMAGES and about KEPT_BYTES."""
-        if not self._kept:
+        if not (self._is_full or self._read_to_the_end):  # no pass yet, or one that ended early
+            self._kept.clear()
+            self._passes = 0
             for _ in self.iter_batches(stage):
                 if self._is_full:
                     break

@@ -24,7 +24,7 @@ from qconv.ir import files
 from qconv.ir.files import Source
 from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.metadata import write_metadata
-from qconv.ir.model import Model
+from qconv.ir.model import Model, is_tensor
 from qconv.ir.original import open_original
 from qconv.ir.requirements import needed_runtime
 from qconv.metrics.demands import check_gates, require_extras
@@ -235,11 +235,12 @@ class _QuantizationRun:
 
     def _make_listener(self) -> Listener | None:
         """What hears the outputs by which the search for ranges picks pictures; None where there is no such search."""
-        names = [value.name or "" for value in find_judged_tensors(self.model)] if self.recipe.tune_ranges else []
-        if self.pictures.feed is None or not names:
+        judged = find_judged_tensors(self.model) if self.recipe.tune_ranges else []
+        if self.pictures.feed is None or not judged or not all(map(is_tensor, judged)):
             return None
-        self.heard = HeardOutputs(names, add_selected_parts(self._network.parts, self.model))
-        return Listener(names, self.heard.hear)
+        parts = add_selected_parts(self._network.parts, self.model)
+        self.heard = HeardOutputs([value.name or "" for value in judged], parts)
+        return Listener(self.heard.names, self.heard.hear)
 
     def _plan_without_floats(self) -> Plan:
         return replan(self.plan, self.model, floats={}) if self.plan.floats else self.plan
@@ -303,12 +304,8 @@ class _QuantizationRun:
 
     def _take_over(self, folded: FoldedNetwork) -> None:
         """Go on with a network that was divided."""
-        self.model, self.plan, self.sketches, self.set_ranges = (
-            folded.model,
-            folded.plan,
-            folded.sketches,
-            folded.set_ranges,
-        )
+        self.model, self.plan = folded.model, folded.plan
+        self.sketches, self.set_ranges = folded.sketches, folded.set_ranges
 
     def choose_numbers(self) -> tuple[QuantizationSolution, MixedPrecision | None]:
         """Find all numbers that are written, and the bits of layers before that, where they are searched for."""

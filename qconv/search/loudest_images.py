@@ -74,12 +74,12 @@ class HeardOutputs:
     held: int = 0
 
     def hear(self, found: Sequence[NDArray[Any]], images: int) -> None:
-        """Take in the tensors of the next batch."""
+        """Take in the tensors of the next batch, which must not change any more."""
         self.powers.append(sum_errors(self.parts, self.names, found, found)[:, 0])
         self.sizes.append(sum(np.size(x) for x in found) // max(1, images))
-        self.held += sum(np.asarray(x).nbytes for x in found)
+        self.held += sum(x.nbytes for x in found if isinstance(x, np.ndarray))
         if self.outputs is not None:
-            self.outputs.append([np.array(x) for x in found])
+            self.outputs.append([*found])
         if self.held > MOST_HELD:
             self.outputs = None
 

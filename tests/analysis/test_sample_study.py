@@ -16,9 +16,9 @@ from qconv.analysis.sample_study import StudyRequest, study_samples
 from qconv.calibration.observer import Observer, export_observed_model, observe, observe_each_image
 from qconv.calibration.sketch import Sketch, SketchContents
 from qconv.calibration.statistics_file import open_sketch_spool, sketch_to_arrays
-from qconv.config.data_options import DataOptions, PreprocessingOptions
+from qconv.config.data_options import DataOptions, Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe, make_request
-from qconv.data.images import load_image
+from qconv.data.images import load_pixels
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
 from qconv.results.sample_curve import CurvePoint, SampleCurve, counts_up_to
@@ -162,15 +162,18 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_picture_is_decoded_once(model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To calibrate with, or to score on; never both, whatever the number of points."""
+    """To calibrate with, or to score on; never both, whatever the number of points.
+
+    How the network is fed is found out before, on pixels as they are.
+    """
     seen: Counter[str] = Counter()
-    decode = load_image
+    decode = load_pixels
 
-    def counting(path: Path, *rest: object) -> object:
-        seen[path.name] += 1
-        return decode(path, *rest)  # type: ignore[arg-type]
+    def counting(path: Path, prep: Preprocessing) -> object:
+        seen[path.name] += prep.layout is Layout.NCHW
+        return decode(path, prep)
 
-    monkeypatch.setattr("qconv.data.batches.load_image", counting)
+    monkeypatch.setattr("qconv.data.batches.load_pixels", counting)
     study_samples(model, *request(pictures), StudyRequest(draws=3))
     assert dict(seen) == {f"{number:02}.png": 1 for number in range(15)}
 

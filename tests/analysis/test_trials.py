@@ -101,9 +101,9 @@ def test_pictures_pass_the_network_once(place: Path, monkeypatch: pytest.MonkeyP
     watched = []
     watch = observer.observe
 
-    def counted(session: Any, observers: Any, batches: Any) -> Any:
+    def counted(session: Any, observers: Any, *rest: Any) -> Any:
         watched.append(len(observers))
-        return watch(session, observers, batches)
+        return watch(session, observers, *rest)
 
     monkeypatch.setattr(collect, "observe", counted)
     text = '[one]\n[two]\ncalibrator = "minmax"\n[three]\nweight-bits = 4\n'

@@ -128,3 +128,13 @@ def test_nothing_is_held_back_of_statistics_or_few_pictures(source: Path, tmp_pa
     assert (report.verify.images, report.verify.held_back) == (32, False)
     report, _ = quantize(source, None, Recipe(threads=1, stats=saved))
     assert (report.verify.images, report.verify.held_back) == (0, False)
+
+
+def test_a_pass_that_ended_early_does_not_leave_pictures_out(tmp_path: Path) -> None:
+    """Neither one that stopped by itself, nor one after it that went to the end."""
+    data = write(tmp_path / "pictures", 12)
+    feed = DataLoader.of(Session(NET.SerializeToString(), threads=1), data, Reporter())
+    assert len(feed.take(3, "")) == 3
+    assert len(list(feed.iter_batches(""))) == 12
+    assert len(list(feed.iter_cached(""))) == 12
+    assert len(list(feed.iter_first(""))) == 12

@@ -87,12 +87,15 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 def option_lists(group: click.Group) -> dict[str, dict[str, Any]]:
     """What `--help` shows of each command: its arguments, and its options with what they take."""
+    context = click.Context(group)
+    commands = {name: group.get_command(context, name) for name in group.list_commands(context)}
     return {
         name: {
             "arguments": [part.human_readable_name for part in command.params if isinstance(part, click.Argument)],
             "options": {part.name: _as_row(part) for part in command.params if isinstance(part, click.Option)},
         }
-        for name, command in group.commands.items()
+        for name, command in commands.items()
+        if command is not None
     }
 
 
