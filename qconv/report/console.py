@@ -53,7 +53,7 @@ class Console:
 
             self._drawn.print(f"[yellow]Warning:[/] {escape(printable(text))}", soft_wrap=True, emoji=False)
         else:
-            print(f"Warning: {printable(text)}", file=sys.stderr)
+            print(f"Warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Move the progress bar of `stage`, where stderr is a terminal."""
