@@ -16,8 +16,8 @@ from qconv.calibration.observer import (
     Observer,
     estimate_channel_ranges,
     observe,
-    observe_each_image,
     open_observed_session,
+    view_channels,
 )
 from qconv.calibration.range_estimators import sketch_contents_for
 from qconv.calibration.sketch import Sketch
@@ -133,7 +133,7 @@ def _scale(
 def _watch_channels(model: Model, plan: Plan, recipe: Recipe, images: PickedImages) -> dict[str, ChannelRanges]:
     observers = plan_channel_observers(plan, find_scale_groups(model), set())
     session = open_observed_session(model, observers, recipe.threads)
-    return estimate_channel_ranges(observe_each_image(session, observers, images.feeds))
+    return estimate_channel_ranges(view_channels(session, observers, images.feeds))
 
 
 def _observe_others(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -105,12 +106,15 @@ def pick_images(
     it runs where nothing was heard yet. Where hardly any images are left to be set apart, those that were picked are
     returned twice.
     """
-    names = heard.names
-    with runnable_with_outputs(model, names) as runnable:
-        session = Session(runnable, name="the folded float model", threads=threads)
+
+    @cache
+    def session() -> Session:  # opened where it has to run at all
+        with runnable_with_outputs(model, heard.names) as runnable:
+            return Session(runnable, name="the folded float model", threads=threads)
+
     if not heard.powers:
         for batch in feed.iter_batches(STEP):
-            heard.hear(session.run(names, batch), count_images(batch))
+            heard.hear(session().run(heard.names, batch), count_images(batch))
     few = max(heard.sizes, default=0) <= FEW_NUMBERS
     loud, others, most_apart = (-(-count // feed.batch) for count in counts)
     picked, aside = _split(heard.loudness, loud, others, None if few else most_apart, sparse=bool(heard.parts))
@@ -119,7 +123,7 @@ def pick_images(
     known = dict(enumerate(heard.outputs or []))
 
     def gather(chosen: Picked, *, apart: bool) -> PickedImages:
-        clean = [known[index] if index in known else session.run(names, read[index]) for index in chosen]
+        clean = [known[at] if at in known else session().run(heard.names, read[at]) for at in chosen]
         return PickedImages([read[index] for index in chosen], [*chosen.values()], clean, few, apart)
 
     first = gather(picked, apart=False)

@@ -6,9 +6,8 @@ A calibrator that weighs errors of all places alike cuts off what is rare, such 
 of a hundred images: the outputs of that image then lose what they are made for. Ranges that reach as far as the tensors
 cost all other images some accuracy. Which of both weighs more is a matter of the network. So one width serves the whole
 network: WIDTHS are carried out one after the other while the noise falls, with weights rounded to the nearest of 8
-bits, and run on images. To choose one
-parameter of all ranges by what the network loses is of Nahshan et al. 2019, arXiv 1911.07190, section 4.2, there the p
-of an L_p norm.
+bits, and run on images. To choose one parameter of all ranges by what the network loses is of Nahshan et al. 2019,
+arXiv 1911.07190, section 4.2, there the p of an L_p norm.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def test_the_recursion_is_that_of_explicit_inverse_updates(seed) -> None:
     weight, hessian, _ = drawn(seed, groups=1, inputs=150)
     grid = grid_for(weight)
     found, error = round_second_order(weight, order_hessian(hessian, damping=0.0), grid)
-    np.testing.assert_allclose(error, error_of(grid.real(found), weight, hessian), rtol=1e-4)
+    np.testing.assert_allclose(error, error_of(grid.real(found), weight, hessian), rtol=1e-6)
     np.testing.assert_array_equal(found[0], by_inverse_updates(weight[0], hessian[0], grid))
 
 
